@@ -1,0 +1,377 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * The contract between the BPF programs and Go: keys, values, words, verdicts
+ * and drop reasons. Go's types are generated from this file by bpf2go, so
+ * nothing here is declared twice. No unions, no bit-fields, explicit padding.
+ *
+ * Addresses are 16 bytes in network order, IPv4 as v4-mapped (::ffff:a.b.c.d).
+ * Ports are in network order wherever the type is __be16.
+ */
+#pragma once
+
+#include <linux/bpf.h>
+#include <linux/types.h>
+
+/* Raised whenever a key, a value or the meaning of a word changes. */
+#define LAYOUT_VERSION 1
+
+struct addr {
+	__be32 w[4];
+};
+
+/* ---- Services and slots (role lb) ------------------------------------- */
+
+/*
+ * services: service_key -> service number (__u32). A VIP itself is the key
+ * {vip, 0, 0} with the number SERVICE_NONE: it says that the address is a VIP
+ * when no (port, proto) matches. The number is fixed while the service lives.
+ */
+struct service_key {
+	struct addr vip;
+	__be16 port;
+	__u8 proto; /* IPPROTO_TCP, IPPROTO_UDP, or 0 for the VIP itself */
+	__u8 pad;
+};
+
+#define SERVICE_NONE 0U
+
+/*
+ * service_words[number], one mapped 64-bit word each:
+ *   bits 0-31   offset of the service's run in `slots`
+ *   bits 32-39  log2 of the number of its slots; 0 means: no slots, no backend
+ *   bits 40-63  SERVICE_* flags
+ */
+#define SERVICE_BITS_SHIFT 32
+#define SERVICE_FLAGS_SHIFT 40
+
+enum service_flag {
+	SERVICE_INDEPENDENT = 1 << 0, /* datagrams are never questions */
+};
+
+/*
+ * slots[offset + (hash >> (64 - log2))], one mapped 64-bit word each:
+ *   bits 0-31   number of the backend that takes new flows (0: none)
+ *   bits 32-63  row in `candidates` that may own older flows; 0: settled
+ */
+#define SLOT_CANDIDATES_SHIFT 32
+
+/* ---- Backends and next hops (role lb) --------------------------------- */
+
+enum mode {
+	MODE_NONE = 0,
+	MODE_GENEVE = 1, /* Geneve with IP payload and the option below */
+	MODE_IPIP = 2,	 /* IPv4-in-IPv4, IPv6-in-IPv6, IPv4-in-IPv6 */
+	MODE_LOCAL = 3,	 /* the backend is on this node: no tunnel */
+};
+
+enum backend_state {
+	BACKEND_UNUSED = 0,
+	BACKEND_ACTIVE = 1,
+	BACKEND_DRAINING = 2,
+	BACKEND_GONE = 3, /* skipped from the one store that says so */
+};
+
+/*
+ * backends[number]: a mapped row of one cache line. All but `word` is written
+ * before a slot names the number, and fixed until it is free again.
+ *   word bits 0-31   row in next_hops; 0: not resolved, ask the kernel's FIB
+ *        bits 32-55  generation: which incarnation of the address and port
+ *        bits 56-63  enum backend_state
+ */
+struct backend {
+	struct addr address; /* the Pod, or the server that holds the VIP */
+	struct addr tunnel;  /* outer destination: the backend's node */
+	__u64 tag;	     /* of that node; goes into the option as it is */
+	__u32 outer_sum;     /* see below */
+	__be16 port;	     /* of the Pod */
+	__u8 mode;	     /* enum mode */
+	__u8 pad0;
+	__u64 pad1;
+	__u64 word;
+};
+
+/*
+ * outer_sum: for an IPv4 outer header, the 32-bit sum of its 16-bit words (as
+ * they lie in memory) but for TOS, total length and source, which are added
+ * for each packet: version and IHL, DF, TTL, protocol and destination.
+ */
+
+#define BACKEND_GENERATION_SHIFT 32
+#define BACKEND_GENERATION_MASK 0xffffffU
+#define BACKEND_STATE_SHIFT 56
+
+/* next_hops[row]: mapped, written once before a backend's word points to it. */
+struct next_hop {
+	__u32 ifindex; /* of the device that carries XDP; never a VLAN device */
+	__u8 dst_mac[6];
+	__u8 src_mac[6];
+	__be16 vlan; /* TCI of the tag to push; 0: none */
+	__u16 mtu;   /* of the route: L3 bytes of an encapsulated packet */
+	__u32 pad;
+};
+
+/* ---- The backend's node (role backend) -------------------------------- */
+
+/* pods: which {VIP, port} a Pod's {address, port, proto} serves. A server
+ * that holds the VIP itself stands here with VIP and port as its own. */
+struct pod_key {
+	struct addr address;
+	__be16 port;
+	__u8 proto;
+	__u8 pad;
+};
+
+struct vip_port {
+	struct addr vip;
+	__be16 port;
+	__u16 pad;
+};
+
+#define POD_SERVES_MAX 8
+
+struct pod {
+	__u32 count; /* entries of serves[] in use, 1..POD_SERVES_MAX */
+	struct vip_port serves[POD_SERVES_MAX];
+};
+
+/*
+ * flows (confirmed) and pending (LRU; not yet): one entry a flow, keyed by
+ * what the client sees. Answers find it through `pods`.
+ */
+struct flow_key {
+	struct addr client;
+	struct addr vip;
+	__be16 client_port;
+	__be16 vip_port;
+	__u8 proto;
+	__u8 pad[3];
+};
+
+enum flow_state {
+	FLOW_HALF_OPEN = 1,   /* pending: a SYN was delivered */
+	FLOW_UNANSWERED = 2,  /* pending: UDP was delivered */
+	FLOW_PROVISIONAL = 3, /* pending: other TCP was delivered */
+	FLOW_ESTABLISHED = 4, /* flows */
+	FLOW_CLOSING = 5,     /* flows: a FIN or a reset was seen */
+};
+
+struct flow {
+	struct bpf_timer timer; /* used in `flows` alone: expiry without the agent */
+	struct addr pod;
+	__be16 pod_port;
+	__u8 state; /* enum flow_state */
+	__u8 fins;  /* FLOW_FIN_* seen */
+	__u32 pad;
+	__u64 hash; /* keyed; the top bits are the slot */
+	__u64 seen; /* coarse boot-time clock of the last packet, ns */
+	/* TCP sequence numbers, host order, all in the Pod's view. */
+	__u32 pod_isn;	  /* of its SYN-ACK, once seen */
+	__u32 pod_ack;	  /* the highest that the Pod has acknowledged */
+	__u32 pod_seq;	  /* the end of what the Pod has sent */
+	__u32 pod_window; /* the Pod's receive window, scaled */
+	__u32 client_fin; /* sequence number just after the client's FIN */
+	__u32 pod_fin;	  /* sequence number just after the Pod's FIN */
+};
+
+enum flow_fin {
+	FLOW_FIN_CLIENT = 1 << 0,
+	FLOW_FIN_POD = 1 << 1,
+	FLOW_SYN_ACK = 1 << 2, /* pod_isn is known */
+};
+
+/* lb_nodes (LPM trie): outer sources that are LB nodes, or their declared
+ * ipip prefixes. prefix_len counts from the start of the 16-byte address. */
+struct lb_node_key {
+	__u32 prefix_len;
+	struct addr address;
+};
+
+/* fragments (LRU): the ports of a datagram whose first fragment was seen,
+ * keyed as the datagram travelled when it was seen. Good for FRAGMENT_NS. */
+struct fragment_key {
+	struct addr src;
+	struct addr dst;
+	__be32 id;
+	__u8 proto;
+	__u8 pad[3];
+};
+
+struct fragment {
+	__u64 seen; /* coarse boot-time clock, ns */
+	__be16 src_port;
+	__be16 dst_port;
+	__u32 pad;
+};
+
+#define FRAGMENT_NS (15ULL * 1000000000ULL)
+
+/* ---- The tunnel option ------------------------------------------------- */
+
+/*
+ * Geneve (RFC 8926): version 0, protocol type 0x0800 or 0x86DD, VNI names the
+ * shard, and exactly one option of class OPTION_CLASS (from the experimental
+ * range) and type OPTION_TYPE (critical bit set). Its data is this structure
+ * followed by the target's address: 4 bytes, or 16 when option.address_len
+ * says so.
+ */
+#define OPTION_CLASS 0xff4c
+#define OPTION_TYPE 0x81
+#define OPTION_VERSION 1
+
+enum verb {
+	VERB_DELIVER = 1, /* an order */
+	VERB_ASK = 2,	  /* a question */
+	VERB_DENIED = 3,  /* its bounce */
+};
+
+struct tunnel_option {
+	__u8 version;
+	__u8 verb; /* enum verb */
+	__u8 attempt;
+	__u8 address_len; /* 4 or 16 */
+	__be16 port;	  /* of the target Pod */
+	__u16 pad;
+	__be32 backend;	   /* the LB node's own number for the target */
+	__be32 generation; /* and that number's generation */
+	__u8 tag[8];	   /* of the worker, as in its file */
+	__u8 hash[8];	   /* of the flow, big-endian */
+};
+
+/* ---- Verdicts, reasons, counters --------------------------------------- */
+
+/* What was decided, apart from XDP's and tc's return codes. */
+enum verdict {
+	VERDICT_PASS = 1,    /* not ours: up the stack, untouched */
+	VERDICT_FORWARD = 2, /* to a backend's node, through a tunnel */
+	VERDICT_DELIVER = 3, /* to a Pod of this node, up the stack */
+	VERDICT_ANSWER = 4,  /* to the client: a Pod's answer, as the VIP */
+	VERDICT_REPLY = 5,   /* to the sender, made by us: echo, ICMP error */
+	VERDICT_DROP = 6,    /* see enum drop */
+};
+
+/* Every drop has a reason and a counter: drops[reason]. */
+enum drop {
+	DROP_NONE = 0,
+	/* Any packet to a VIP. */
+	DROP_MALFORMED = 1,	   /* truncated or self-contradicting headers */
+	DROP_EXTENSION_HEADERS = 2, /* more IPv6 extension headers than we walk */
+	DROP_NO_SERVICE = 3,	   /* a VIP, but no service at this port and protocol */
+	DROP_PROTOCOL = 4,	   /* a VIP, but neither TCP, UDP nor an ICMP that we handle */
+	DROP_NO_BACKEND = 5,	   /* the service has no backend that can take it */
+	DROP_FRAGMENT_UNKNOWN = 6, /* a later fragment whose first was not seen */
+	DROP_ICMP_UNRELATED = 7,   /* an ICMP error about no flow of ours */
+	DROP_TTL = 8,		   /* TTL or hop limit used up, and no reply possible */
+	DROP_TOO_BIG = 9,	   /* does not fit the tunnel, and no reply possible */
+	DROP_NO_NEXT_HOP = 10,	   /* neither resolved nor known to the kernel's FIB */
+	DROP_HEADROOM = 11,	   /* the driver gave no room for the outer headers */
+	/* Tunnel packets to this node. */
+	DROP_TUNNEL_SOURCE = 20,  /* outer source is no LB node of the shard */
+	DROP_TUNNEL_FORMAT = 21,  /* Geneve or option not as we send it */
+	DROP_TUNNEL_VNI = 22,	  /* of another shard */
+	DROP_TUNNEL_TAG = 23,	  /* not this worker's tag */
+	DROP_TUNNEL_VIP = 24,	  /* inner destination is no VIP that a Pod here serves */
+	DROP_TUNNEL_POD = 25,	  /* the named Pod is not of this node, or not of this VIP */
+	DROP_TUNNEL_QUESTION = 26, /* a question: not answered yet */
+	DROP_TUNNEL_BOUNCE = 27,  /* a bounce: not expected here */
+	DROP_TUNNEL_ECN = 28,	  /* outer CE over an inner packet that is not ECN-capable */
+	/* Flows at the backend's node. */
+	DROP_FLOWS_FULL = 40,	  /* the table of flows is full */
+	DROP_FLOW_CONFLICT = 41,  /* the Pod's tuple belongs to another VIP's flow */
+	DROP_FROM_POD_TUNNEL = 42, /* a Pod sent tunnel traffic */
+	DROP_MAX = 64,
+};
+
+/* events[event]: what is worth counting and is not a drop. */
+enum event {
+	EVENT_NONE = 0,
+	EVENT_ECHO_REPLY = 1,
+	EVENT_TOO_BIG = 2,	/* Packet Too Big / Fragmentation Needed sent */
+	EVENT_TIME_EXCEEDED = 3, /* Time Exceeded sent */
+	EVENT_FIB_LOOKUP = 4,	/* next hop unresolved: the kernel's FIB was asked */
+	EVENT_STAND_IN = 5,	/* a following slot's backend stood in for one gone */
+	EVENT_FLOW_NEW = 6,	/* entry made in pending */
+	EVENT_FLOW_CONFIRMED = 7, /* moved from pending to flows */
+	EVENT_FLOW_CLOSED = 8,
+	EVENT_FLOW_EXPIRED = 9,
+	EVENT_MSS_CLAMPED = 10,
+	EVENT_ANSWER = 11, /* a Pod's packet translated to the VIP */
+	EVENT_DELIVERED = 12, /* a packet given to a Pod of this node */
+	EVENT_MAX = 32,
+};
+
+/* service_counters[number] and backend_counters[number], per CPU. */
+struct counter {
+	__u64 packets;
+	__u64 bytes;	   /* L3 bytes as the client sent them */
+	__u64 connections; /* TCP SYNs */
+};
+
+/* ---- Constants set at load --------------------------------------------- */
+
+/* `volatile const struct config config`: the verifier drops dead branches. */
+struct config {
+	__u64 key[2];	      /* of the flow hash, two little-endian words */
+	struct addr node4;    /* this node's tunnel addresses; zero: none */
+	struct addr node6;
+	struct addr ipip4;    /* the declared source prefixes for ipip; */
+	struct addr ipip6;    /* the node's address when none is declared */
+	struct addr ipip4_mask; /* set bits vary with the flow; zero: none */
+	struct addr ipip6_mask;
+	__u8 tag[8];	      /* this worker's own */
+	__u32 vni;
+	__be16 geneve_port;
+	__u16 mss4; /* at most, in SYN-ACKs of Pods, for IPv4; 0: no clamp */
+	__u16 mss6;
+	__u8 lb;      /* role lb */
+	__u8 backend; /* role backend */
+	__u8 tracing; /* count and record nothing; write `traces` */
+	__u8 pad[3];
+	__u64 idle_tcp_ns;     /* established TCP */
+	__u64 idle_udp_ns;     /* answered UDP */
+	__u64 idle_closing_ns; /* closing TCP */
+};
+
+/* traces[0], written only when config.tracing: what was decided and by what. */
+struct trace {
+	struct addr src;
+	struct addr dst;
+	__be16 src_port;
+	__be16 dst_port;
+	__u8 proto;
+	__u8 family;	/* 4, 6, or 0: not IP */
+	__u8 flags;	/* PACKET_* */
+	__u8 tunnel;	/* enum mode of the tunnel that it came in, or 0 */
+	__u32 service;	/* number, or 0 */
+	__u32 slot;	/* index within the service */
+	__u64 hash;
+	__u64 slot_word;
+	__u32 backend;	/* number, or 0 */
+	__u32 next_hop; /* row, or 0 */
+	__u32 ifindex;	/* it leaves by, or 0 */
+	__u16 verdict;	/* enum verdict */
+	__u16 drop;	/* enum drop */
+	struct addr pod; /* VERDICT_DELIVER: the Pod */
+	__be16 pod_port;
+	__u8 flow_state; /* of the entry used or made; 0: none */
+	__u8 steps;	 /* TRACE_* reached, in no order */
+	__u32 pad;
+};
+
+enum trace_step {
+	TRACE_PARSED = 1 << 0,
+	TRACE_SERVICE = 1 << 1,
+	TRACE_SLOT = 1 << 2,
+	TRACE_BACKEND = 1 << 3,
+	TRACE_NEXT_HOP = 1 << 4,
+	TRACE_DECAPSULATED = 1 << 5,
+	TRACE_FLOW = 1 << 6,
+	TRACE_STAND_IN = 1 << 7,
+};
+
+enum packet_flag {
+	PACKET_FIRST_FRAGMENT = 1 << 0,
+	PACKET_LATER_FRAGMENT = 1 << 1,
+	PACKET_SYN = 1 << 2, /* TCP SYN without ACK */
+	PACKET_ICMP_ERROR = 1 << 3, /* addresses and ports are those of the flow it is about */
+	PACKET_ECHO = 1 << 4, /* ICMP or ICMPv6 echo request */
+};
