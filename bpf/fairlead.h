@@ -160,8 +160,9 @@ struct flow {
 	struct addr pod;
 	__be16 pod_port;
 	__u8 state; /* enum flow_state */
-	__u8 fins;  /* FLOW_FIN_* seen */
-	__u32 pad;
+	__u8 fins;  /* enum flow_fin: what was seen of its end, and its beginning */
+	__u8 pod_scale; /* window scale that the Pod offered */
+	__u8 pad[3];
 	__u64 hash; /* keyed; the top bits are the slot */
 	__u64 seen; /* coarse boot-time clock of the last packet, ns */
 	/* TCP sequence numbers, host order, all in the Pod's view. */
@@ -177,6 +178,8 @@ enum flow_fin {
 	FLOW_FIN_CLIENT = 1 << 0,
 	FLOW_FIN_POD = 1 << 1,
 	FLOW_SYN_ACK = 1 << 2, /* pod_isn is known */
+	FLOW_FIN_POD_ACKED = 1 << 3, /* by the client */
+	FLOW_CLOSED = 1 << 4, /* both FINs acknowledged, or reset: a SYN starts anew */
 };
 
 /* lb_nodes (LPM trie): outer sources that are LB nodes, or their declared
