@@ -73,11 +73,17 @@ func (s BackendState) String() string {
 
 // BackendID is one incarnation of an address and port, and how to reach it.
 // Backends of several frontends with the same BackendID are one backend.
+//
+// Invariant: Target and UID are the same on every LB node, and so are what the
+// keys of lookup tables are made of; Tunnel, Mode and Local are this node's.
 type BackendID struct {
 	Target netip.AddrPort // the Pod; in mode ipip the server itself
 	Tunnel netip.Addr     // outer destination; zero in ModeLocal
 	Mode   Mode
 	UID    string // of the Pod; "" when unknown
+	// Local is ModeLocal's key into Pods: Target, or the frontend's own VIP and
+	// port when the server holds the VIP. Zero in other modes.
+	Local netip.AddrPort
 }
 
 // Backend is one backend of a frontend.

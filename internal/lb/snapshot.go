@@ -59,10 +59,13 @@ func (s ServiceID) String() string { return s.Namespace + "/" + s.Name }
 
 // Service is one Service with its policy and its endpoints.
 type Service struct {
-	ID        ServiceID
-	VIPs      []netip.Addr // sorted, no duplicates, never v4-mapped
-	Ports     []ServicePort
-	Endpoints []Endpoint // merged over all slices, sorted by address, no duplicates
+	ID    ServiceID
+	VIPs  []netip.Addr // sorted, no duplicates, never v4-mapped
+	Ports []ServicePort
+	// Endpoints of all slices, sorted by address. One address may stand there
+	// several times, with other ports or conditions, as while it moves between
+	// slices: for each port the readiest counts.
+	Endpoints []Endpoint
 	Policy    Policy
 	// PublishNotReady counts endpoints that are not ready as ready.
 	PublishNotReady bool
