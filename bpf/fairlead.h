@@ -55,6 +55,23 @@ enum service_flag {
  */
 #define SLOT_CANDIDATES_SHIFT 32
 
+/*
+ * vip_bits: a mapped bitmap of hashed VIPs, so that what is for none of them
+ * leaves early. With `a` the address as two little-endian words,
+ *   bit = ((a[0] * VIP_BITS_MIX0 + a[1]) * VIP_BITS_MIX1) >> (64 - VIP_BITS_LOG2)
+ * is bit (bit & 63) of word bit >> 6. Set before a VIP's first service, cleared
+ * after its last. A bit too many costs a look-up, never a packet.
+ */
+#define VIP_BITS_LOG2 18
+#define VIP_BITS_WORDS (1 << (VIP_BITS_LOG2 - 6))
+#define VIP_BITS_MIX0 0x9e3779b97f4a7c15ULL
+#define VIP_BITS_MIX1 0xc2b2ae3d27d4eb4fULL
+
+/* Bounds on what is walked. */
+#define VLAN_TAGS_MAX 2
+#define EXTENSION_HEADERS_MAX 6
+#define STAND_INS_MAX 8 /* slots tried after the flow's own */
+
 /* ---- Backends and next hops (role lb) --------------------------------- */
 
 enum mode {

@@ -23,6 +23,14 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__type(key, __u32);
 	__type(value, __u64);
+	__uint(max_entries, VIP_BITS_WORDS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+} vip_bits SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
 	__uint(max_entries, 1024);
 	__uint(map_flags, BPF_F_MMAPABLE);
 } service_words SEC(".maps");
