@@ -53,11 +53,12 @@ func TestKernels(t *testing.T) {
 
 	for _, s := range series {
 		t.Run("linux-"+s.version, func(t *testing.T) {
-			t.Parallel()
+			// One at a time: apt locks its lists.
 			k, err := fetch(s.metapackage)
 			if err != nil {
 				t.Fatal(err)
 			}
+			t.Parallel()
 			initramfs := filepath.Join(t.TempDir(), "initramfs")
 			if err := pack(initramfs, testBinary, initBinary, k.modules); err != nil {
 				t.Fatal(err)

@@ -22,9 +22,22 @@ var modulesNeeded = []string{"veth", "sch_ingress", "cls_bpf"}
 
 var imageDependency = regexp.MustCompile(`(?m)^ *Depends: (linux-image-\S+)$`)
 
-// fetch returns the newest kernel that a Debian metapackage stands for. A
-// package once unpacked in the cache is taken from there.
+// fetch returns the newest kernel that a Debian metapackage stands for. Lists
+// may name a package that the archive has replaced since; then newer ones are
+// fetched.
 func fetch(metapackage string) (kernel, error) {
+	k, err := fetchListed(metapackage)
+	if err == nil {
+		return k, nil
+	}
+	if out, updateErr := exec.Command("apt-get", "update", "-qq").CombinedOutput(); updateErr != nil {
+		return kernel{}, fmt.Errorf("%w; update the package lists: %w: %s", err, updateErr, out)
+	}
+	return fetchListed(metapackage)
+}
+
+// fetchListed takes a package once unpacked from the cache.
+func fetchListed(metapackage string) (kernel, error) {
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		return kernel{}, fmt.Errorf("find the cache: %w", err)
@@ -50,7 +63,7 @@ func fetch(metapackage string) (kernel, error) {
 func resolve(metapackage string) (string, error) {
 	out, err := exec.Command("apt-cache", "depends", metapackage).CombinedOutput()
 	if err != nil {
-		return "", fmt.Errorf("look up %s (have the package lists been fetched, apt-get update?): %w: %s", metapackage, err, out)
+		return "", fmt.Errorf("look up %s: %w: %s", metapackage, err, out)
 	}
 	match := imageDependency.FindSubmatch(out)
 	if match == nil {
