@@ -1,15 +1,97 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /* Entry points only. One object for both roles; `config` says which are on. */
 #include <linux/pkt_cls.h>
-#include "fairlead.h"
-#include "maps.h"
-#include "parse.h"
-#include "hash.h"
+#include "encap.h"
+#include "fragment.h"
+#include "select.h"
+
+/* No XDP action: the packet goes on. */
+#define CONTINUE (-1)
+
+static __always_inline void trace_packet(const struct packet *packet)
+{
+	TRACE(src, packet->src);
+	TRACE(dst, packet->dst);
+	TRACE(src_port, packet->src_port);
+	TRACE(dst_port, packet->dst_port);
+	TRACE(proto, packet->proto);
+	TRACE(family, packet->family);
+	TRACE(flags, packet->flags);
+	TRACE_STEP(TRACE_PARSED);
+}
+
+/* What most packets are not: malformed, fragments, ICMP, other protocols.
+ * Returns an XDP action, or CONTINUE when the flow is now in `packet`. */
+static __noinline int unusual(struct xdp_md *ctx, struct packet *packet, int err)
+{
+	if (!packet || !is_vip(&packet->dst))
+		return xdp_pass();
+	if (!err && packet->flags & PACKET_ECHO)
+		return reply_echo(ctx, packet);
+	if (!err && packet->flags & PACKET_ICMP_ERROR)
+		err = quoted_flow(ctx, packet);
+	if (!err && packet->flags & PACKET_LATER_FRAGMENT)
+		err = recall_fragment(packet);
+	if (!err && packet->proto != IPPROTO_TCP && packet->proto != IPPROTO_UDP)
+		err = DROP_PROTOCOL;
+	if (err)
+		return xdp_drop(err);
+	if (packet->flags & PACKET_FIRST_FRAGMENT)
+		remember_fragment(packet);
+	return CONTINUE;
+}
+
+static __always_inline bool complete(struct xdp_md *ctx, const struct packet *packet)
+{
+	__u32 end = packet->l3 + packet->length;
+
+	return end <= (__u32)(ctx->data_end - ctx->data) || end <= bpf_xdp_get_buff_len(ctx);
+}
+
+static __always_inline int balance(struct xdp_md *ctx, struct packet *packet)
+{
+	int err = parse_transport((void *)(long)ctx->data, (void *)(long)ctx->data_end, packet,
+				  false);
+	struct choice choice = {};
+	__u32 *service;
+	__u64 hash;
+
+	trace_packet(packet);
+	if (unlikely(!err && !complete(ctx, packet)))
+		err = DROP_MALFORMED;
+	if (unlikely(err || packet->flags & ~PACKET_SYN ||
+		     (packet->proto != IPPROTO_TCP && packet->proto != IPPROTO_UDP))) {
+		int action = unusual(ctx, packet, err);
+
+		if (action != CONTINUE)
+			return action;
+	}
+	service = find_service(&packet->dst, packet->dst_port, packet->proto);
+	if (unlikely(!service))
+		return is_vip(&packet->dst) ? xdp_drop(DROP_NO_SERVICE) : xdp_pass();
+	hash = flow_hash(&packet->src, &packet->dst, packet->src_port, packet->dst_port,
+			 packet->proto, packet->family);
+	err = choose(*service, hash, &choice);
+	if (unlikely(err))
+		return xdp_drop(err);
+	return forward(ctx, packet, &choice);
+}
 
 SEC("xdp.frags")
 int fairlead_xdp(struct xdp_md *ctx)
 {
-	return XDP_PASS;
+	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	struct packet packet;
+	__be16 type;
+	__u32 l3;
+
+	if (parse_link(data, data_end, &l3, &type) ||
+	    parse_addresses(data, data_end, l3, type, &packet))
+		return xdp_pass();
+	if (config.lb && maybe_vip(&packet.dst))
+		return balance(ctx, &packet);
+	trace_packet(&packet);
+	return xdp_pass();
 }
 
 SEC("tc")
@@ -23,5 +105,21 @@ int fairlead_pod(struct __sk_buff *skb)
 {
 	return TC_ACT_UNSPEC;
 }
+
+/* Go's types are made from this object's BTF, which has only what is named. */
+const struct named {
+	enum service_flag service_flag;
+	enum mode mode;
+	enum backend_state backend_state;
+	enum flow_state flow_state;
+	enum flow_fin flow_fin;
+	enum verb verb;
+	enum verdict verdict;
+	enum drop drop;
+	enum event event;
+	enum trace_step trace_step;
+	enum packet_flag packet_flag;
+	struct tunnel_option tunnel_option;
+} *named __attribute__((unused));
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Which service a packet is for, and which backend takes it: hash first. No
+ * table of flows is read.
+ */
+#pragma once
+
+#include "count.h"
+#include "hash.h"
+#include "parse.h"
+
+/* What was chosen, and by what. */
+struct choice {
+	struct backend *backend;
+	__u64 word;    /* the backend's, read once */
+	__u64 hash;    /* of the flow */
+	__u32 service; /* number */
+	__u32 number;  /* of the backend */
+};
+
+/* Whether the address may be a VIP. False positives cost a look-up. */
+static __always_inline bool maybe_vip(const struct addr *a)
+{
+	__u64 low = a->w[0] | (__u64)a->w[1] << 32, high = a->w[2] | (__u64)a->w[3] << 32;
+	__u64 bit = ((low * VIP_BITS_MIX0 + high) * VIP_BITS_MIX1) >> (64 - VIP_BITS_LOG2);
+	__u32 at = bit >> 6;
+	__u64 *word = bpf_map_lookup_elem(&vip_bits, &at);
+
+	return word && (READ_ONCE(*word) >> (bit & 63)) & 1;
+}
+
+/* Whether the address is a VIP for certain: the key without port and protocol. */
+static __noinline bool is_vip(const struct addr *a)
+{
+	struct service_key key = {};
+
+	if (!a)
+		return false;
+	key.vip = *a;
+	return bpf_map_lookup_elem(&services, &key) != NULL;
+}
+
+static __always_inline __u32 *find_service(const struct addr *vip, __be16 port, __u8 proto)
+{
+	struct service_key key = {.vip = *vip, .port = port, .proto = proto};
+
+	return bpf_map_lookup_elem(&services, &key);
+}
+
+static __always_inline __u8 backend_state(__u64 word)
+{
+	return word >> BACKEND_STATE_SHIFT;
+}
+
+static __always_inline bool usable(__u64 word)
+{
+	__u8 state = backend_state(word);
+
+	return state == BACKEND_ACTIVE || state == BACKEND_DRAINING;
+}
+
+static __always_inline struct backend *slot_backend(__u32 offset, __u32 slot, __u32 *number)
+{
+	__u32 at = offset + slot;
+	__u64 *cell = bpf_map_lookup_elem(&slots, &at), word;
+
+	if (!cell)
+		return NULL;
+	word = READ_ONCE(*cell);
+	TRACE(slot, slot);
+	TRACE(slot_word, word);
+	*number = (__u32)word;
+	return bpf_map_lookup_elem(&backends, number);
+}
+
+/* The slot's backend is gone: the first usable one of the following slots
+ * stands in, the same on every LB node. Returns its number, or 0. */
+static __noinline __u32 stand_in(__u64 service_word, __u32 slot)
+{
+	__u32 bits = (service_word >> SERVICE_BITS_SHIFT) & 31;
+	__u32 number = 0;
+
+	for (int i = 0; i < STAND_INS_MAX; i++) {
+		struct backend *backend;
+
+		slot = (slot + 1) & ((1U << bits) - 1);
+		backend = slot_backend((__u32)service_word, slot, &number);
+		if (backend && number && usable(READ_ONCE(backend->word))) {
+			TRACE_STEP(TRACE_STAND_IN);
+			count_event(EVENT_STAND_IN);
+			return number;
+		}
+	}
+	return 0;
+}
+
+/* Chooses the backend of a flow of service. Returns 0 or an enum drop. */
+static __always_inline int choose(__u32 service, __u64 hash, struct choice *choice)
+{
+	__u64 *cell = bpf_map_lookup_elem(&service_words, &service), word;
+	__u32 bits, slot;
+
+	choice->service = service;
+	choice->hash = hash;
+	if (!cell)
+		return DROP_NO_BACKEND;
+	word = READ_ONCE(*cell);
+	bits = (word >> SERVICE_BITS_SHIFT) & 31;
+	TRACE(service, service);
+	TRACE(hash, hash);
+	TRACE_STEP(TRACE_SERVICE);
+	if (unlikely(!bits))
+		return DROP_NO_BACKEND;
+	slot = hash >> (64 - bits);
+	choice->backend = slot_backend((__u32)word, slot, &choice->number);
+	if (unlikely(!choice->backend))
+		return DROP_NO_BACKEND;
+	TRACE_STEP(TRACE_SLOT);
+	choice->word = READ_ONCE(choice->backend->word);
+	if (unlikely(!usable(choice->word))) {
+		choice->number = stand_in(word, slot);
+		choice->backend = bpf_map_lookup_elem(&backends, &choice->number);
+		if (!choice->number || !choice->backend)
+			return DROP_NO_BACKEND;
+		choice->word = READ_ONCE(choice->backend->word);
+	}
+	TRACE(backend, choice->number);
+	TRACE_STEP(TRACE_BACKEND);
+	return 0;
+}
