@@ -31,7 +31,7 @@ __u32 turn;
 SEC("xdp.frags")
 int generate(struct xdp_md *ctx)
 {
-	int grown = (int)(ctx->data_end - ctx->data) - (int)frame_length;
+	long grown = (void *)(long)ctx->data_end - (void *)(long)ctx->data - (long)frame_length;
 	/* Spreads neighbouring turns over the flows, so that no cache is warm by order. */
 	__u32 flow = (turn++ * 2654435761U) % flow_count;
 	__u64 *to;
@@ -101,7 +101,7 @@ int prototype(struct xdp_md *ctx)
 	struct ethhdr *eth = data;
 	struct iphdr *ip = (void *)(eth + 1);
 	struct udphdr *l4 = (void *)(ip + 1);
-	struct service_key key = {};
+	struct service_key key __attribute__((aligned(8)));
 	struct backend *backend;
 	struct next_hop *hop;
 	__u32 *number, at;
@@ -111,8 +111,7 @@ int prototype(struct xdp_md *ctx)
 	if ((void *)(l4 + 1) > data_end || eth->h_proto != bpf_htons(ETH_P_IP) || ip->ihl != 5)
 		return XDP_PASS;
 	map_v4(&key.vip, ip->daddr);
-	key.port = l4->dest;
-	key.proto = ip->protocol;
+	*(__u32 *)&key.port = l4->dest | (__u32)ip->protocol << 16;
 	number = bpf_map_lookup_elem(&services, &key);
 	if (!number)
 		return XDP_PASS;

@@ -37,7 +37,7 @@ struct geneve_outer {
 /* One hop less, before the packet is wrapped. */
 static __always_inline bool take_hop(struct xdp_md *ctx, const struct packet *packet)
 {
-	void *l3 = (void *)(long)ctx->data + packet->l3, *data_end = (void *)(long)ctx->data_end;
+	void *l3 = (void *)(long)ctx->data + (packet->l3 & OFFSET_MASK), *data_end = (void *)(long)ctx->data_end;
 
 	if (packet->family == 4) {
 		struct iphdr *ip = l3;

@@ -85,7 +85,7 @@ struct packet {
 	__u32 l4;
 	__u32 length; /* of IP header and payload, as the header says */
 	__be32 id;    /* of a fragmented datagram */
-};
+} __attribute__((aligned(8)));
 
 static __always_inline bool is_v4(const struct addr *a)
 {
@@ -98,12 +98,16 @@ static __always_inline bool same_addr(const struct addr *a, const struct addr *b
 	       a->w[0] == b->w[0];
 }
 
+/*
+ * Addresses on the stack are written and read as two words: a load that spans
+ * several smaller stores would wait until all of them have left the core.
+ */
 static __always_inline void map_v4(struct addr *a, __be32 v4)
 {
-	a->w[0] = 0;
-	a->w[1] = 0;
-	a->w[2] = V4_MAPPED;
-	a->w[3] = v4;
+	__u64 *to = (void *)a;
+
+	to[0] = 0;
+	to[1] = (__u64)v4 << 32 | V4_MAPPED;
 }
 
 /* Ethernet and up to two VLAN tags: finds the L3 header and its type. */
@@ -240,7 +244,7 @@ static __always_inline int parse_transport(void *data, void *data_end, struct pa
 	void *l4;
 
 	if (packet->family == 4) {
-		struct iphdr *ip = data + packet->l3;
+		struct iphdr *ip = data + (packet->l3 & OFFSET_MASK);
 
 		if ((void *)(ip + 1) > data_end || ip->ihl < 5)
 			return DROP_MALFORMED;

@@ -21,8 +21,9 @@ struct choice {
 /* Whether the address may be a VIP. False positives cost a look-up. */
 static __always_inline bool maybe_vip(const struct addr *a)
 {
-	__u64 low = a->w[0] | (__u64)a->w[1] << 32, high = a->w[2] | (__u64)a->w[3] << 32;
-	__u64 bit = ((low * VIP_BITS_MIX0 + high) * VIP_BITS_MIX1) >> (64 - VIP_BITS_LOG2);
+	const __u64 *halves = (const void *)a;
+	__u64 bit = ((halves[0] * VIP_BITS_MIX0 + halves[1]) * VIP_BITS_MIX1) >>
+		    (64 - VIP_BITS_LOG2);
 	__u32 at = bit >> 6;
 	__u64 *word = bpf_map_lookup_elem(&vip_bits, &at);
 
@@ -42,8 +43,13 @@ static __noinline bool is_vip(const struct addr *a)
 
 static __always_inline __u32 *find_service(const struct addr *vip, __be16 port, __u8 proto)
 {
-	struct service_key key = {.vip = *vip, .port = port, .proto = proto};
+	struct service_key key __attribute__((aligned(8)));
+	const __u64 *from = (const void *)vip;
+	__u64 *to = (void *)&key;
 
+	to[0] = from[0];
+	to[1] = from[1];
+	*(__u32 *)&key.port = port | (__u32)proto << 16;
 	return bpf_map_lookup_elem(&services, &key);
 }
 

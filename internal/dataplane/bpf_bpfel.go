@@ -13,16 +13,15 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type bpfAddr struct {
+	_ structs.HostLayout
+	W [4]uint32
+}
+
 type bpfBackend struct {
-	_       structs.HostLayout
-	Address struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
-	Tunnel struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	_        structs.HostLayout
+	Address  bpfAddr
+	Tunnel   bpfAddr
 	Tag      uint64
 	OuterSum uint32
 	Port     uint16
@@ -144,10 +143,7 @@ type bpfFlow struct {
 		_ structs.HostLayout
 		_ [16]byte
 	}
-	Pod struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	Pod       bpfAddr
 	PodPort   uint16
 	State     uint8
 	Fins      uint8
@@ -174,15 +170,9 @@ const (
 )
 
 type bpfFlowKey struct {
-	_      structs.HostLayout
-	Client struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
-	Vip struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	_          structs.HostLayout
+	Client     bpfAddr
+	Vip        bpfAddr
 	ClientPort uint16
 	VipPort    uint16
 	Proto      uint8
@@ -208,15 +198,9 @@ type bpfFragment struct {
 }
 
 type bpfFragmentKey struct {
-	_   structs.HostLayout
-	Src struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
-	Dst struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	_     structs.HostLayout
+	Src   bpfAddr
+	Dst   bpfAddr
 	Id    uint32
 	Proto uint8
 	Pad   [3]uint8
@@ -225,10 +209,7 @@ type bpfFragmentKey struct {
 type bpfLbNodeKey struct {
 	_         structs.HostLayout
 	PrefixLen uint32
-	Address   struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	Address   bpfAddr
 }
 
 type bpfMode uint32
@@ -263,26 +244,15 @@ const (
 type bpfPod struct {
 	_      structs.HostLayout
 	Count  uint32
-	Serves [8]struct {
-		_   structs.HostLayout
-		Vip struct {
-			_ structs.HostLayout
-			W [4]uint32
-		}
-		Port uint16
-		Pad  uint16
-	}
+	Serves [8]bpfVipPort
 }
 
 type bpfPodKey struct {
 	_       structs.HostLayout
-	Address struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
-	Port  uint16
-	Proto uint8
-	Pad   uint8
+	Address bpfAddr
+	Port    uint16
+	Proto   uint8
+	Pad     uint8
 }
 
 type bpfServiceFlag uint32
@@ -292,45 +262,33 @@ const (
 )
 
 type bpfServiceKey struct {
-	_   structs.HostLayout
-	Vip struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	_     structs.HostLayout
+	Vip   bpfAddr
 	Port  uint16
 	Proto uint8
 	Pad   uint8
 }
 
 type bpfTrace struct {
-	_   structs.HostLayout
-	Src struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
-	Dst struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
-	SrcPort  uint16
-	DstPort  uint16
-	Proto    uint8
-	Family   uint8
-	Flags    uint8
-	Tunnel   uint8
-	Service  uint32
-	Slot     uint32
-	Hash     uint64
-	SlotWord uint64
-	Backend  uint32
-	NextHop  uint32
-	Ifindex  uint32
-	Verdict  uint16
-	Drop     uint16
-	Pod      struct {
-		_ structs.HostLayout
-		W [4]uint32
-	}
+	_         structs.HostLayout
+	Src       bpfAddr
+	Dst       bpfAddr
+	SrcPort   uint16
+	DstPort   uint16
+	Proto     uint8
+	Family    uint8
+	Flags     uint8
+	Tunnel    uint8
+	Service   uint32
+	Slot      uint32
+	Hash      uint64
+	SlotWord  uint64
+	Backend   uint32
+	NextHop   uint32
+	Ifindex   uint32
+	Verdict   uint16
+	Drop      uint16
+	Pod       bpfAddr
 	PodPort   uint16
 	FlowState uint8
 	Steps     uint8
@@ -382,6 +340,13 @@ const (
 	bpfVerdictVERDICT_REPLY   bpfVerdict = 5
 	bpfVerdictVERDICT_DROP    bpfVerdict = 6
 )
+
+type bpfVipPort struct {
+	_    structs.HostLayout
+	Vip  bpfAddr
+	Port uint16
+	Pad  uint16
+}
 
 // Names of all BPF objects in the ELF.
 //

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package dataplane
+
+import (
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// benchBalancer loads the program with both roles on, and one service of each
+// family and protocol whose slots go round benchBackends backends.
+func benchBalancer(b *testing.B, mode bpfMode) *bpfObjects {
+	b.Helper()
+	spec, err := loadBpf()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := spec.Variables["config"].Set(benchConfig()); err != nil {
+		b.Fatal(err)
+	}
+	spec.Maps["slots"].MaxEntries = 2 << benchBits
+	var objects bpfObjects
+	if err := spec.LoadAndAssign(&objects, nil); err != nil {
+		var verifier *ebpf.VerifierError
+		if errors.As(err, &verifier) {
+			b.Fatalf("load: %+v", verifier)
+		}
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { objects.Close() })
+	put := func(m *ebpf.Map, key, value any) {
+		if err := m.Put(key, value); err != nil {
+			b.Fatal(err)
+		}
+	}
+	put(objects.NextHops, uint32(1), bpfNextHop{Ifindex: 1, DstMac: [6]uint8{2, 0, 0, 0, 0, 1}, SrcMac: [6]uint8{2, 0, 0, 0, 0, 2}, Mtu: 1500})
+	for i, family := range []int{4, 6} {
+		first, offset := uint32(1+i*benchBackends), uint32(i)<<benchBits
+		for n := range uint32(benchBackends) {
+			put(objects.Backends, first+n, benchBackend(family, mode, n))
+		}
+		for slot := range uint32(1) << benchBits {
+			put(objects.Slots, offset+slot, uint64(first+slot%benchBackends))
+		}
+		vip := benchVIP[family]
+		bit := benchVIPBit(vip)
+		put(objects.VipBits, bit>>6, uint64(1)<<(bit&63))
+		put(objects.Services, bpfServiceKey{Vip: bpfAddrOf(vip)}, uint32(0))
+		for j, proto := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+			number := uint32(1 + 2*i + j)
+			put(objects.ServiceWords, number, uint64(offset)|benchBits<<32)
+			put(objects.Services, bpfServiceKey{Vip: bpfAddrOf(vip), Port: swap16(benchPort), Proto: proto}, number)
+		}
+	}
+	return &objects
+}
+
+func benchBackend(family int, mode bpfMode, n uint32) bpfBackend {
+	pod, tunnel := netip.AddrFrom4([4]byte{10, 244, 0, byte(n)}), netip.AddrFrom4([4]byte{10, 0, 1, byte(n)})
+	if family == 6 {
+		pod = netip.AddrFrom16([16]byte{0xfd, 1, 15: byte(n)})
+		if mode == bpfModeMODE_IPIP {
+			tunnel = netip.AddrFrom16([16]byte{0xfd, 0, 15: byte(n)})
+		}
+	}
+	proto := uint32(unix.IPPROTO_UDP)
+	if mode == bpfModeMODE_IPIP {
+		proto = unix.IPPROTO_IPIP
+	}
+	row := bpfBackend{Address: bpfAddrOf(pod), Tunnel: bpfAddrOf(tunnel), Tag: 7, Port: swap16(8080),
+		Mode: uint8(mode), Word: uint64(bpfBackendStateBACKEND_ACTIVE)<<56 | 1}
+	row.OuterSum = 0x0045 + 0x0040 + (64 | proto<<8) + row.Tunnel.W[3]&0xffff + row.Tunnel.W[3]>>16
+	return row
+}
+
+func benchVIPBit(vip netip.Addr) uint32 {
+	a := vip.As16()
+	low, high := binary.LittleEndian.Uint64(a[:8]), binary.LittleEndian.Uint64(a[8:])
+	const mix0, mix1 uint64 = 0x9e3779b97f4a7c15, 0xc2b2ae3d27d4eb4f
+	return uint32(((low*mix0 + high) * mix1) >> (64 - 18))
+}

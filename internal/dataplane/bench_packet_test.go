@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package dataplane
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"fairlead.dev/fairlead/internal/flowhash"
+	"fairlead.dev/fairlead/internal/need"
+)
+
+// One round of each measured program; the rounds are taken in turn, so that
+// what disturbs the machine disturbs all of them.
+const benchRound = 50_000
+
+// The network that the packet benchmarks balance in: one service of each kind
+// on 100 backends, so its slots (16,384, or 128 KiB) do not all stay in the
+// first-level cache.
+const (
+	benchBackends = 100
+	benchBits     = 14
+	benchPort     = 80
+)
+
+var (
+	benchVIP  = map[int]netip.Addr{4: netip.MustParseAddr("192.0.2.1"), 6: netip.MustParseAddr("2001:db8::1")}
+	benchNode = netip.MustParseAddr("10.0.0.1")
+)
+
+// BenchmarkPacket prints the cost of one packet in the LB role, in ns, less
+// what it takes to make it; beside it the generator's own cost and that of the
+// stateless prototype in the same run.
+func BenchmarkPacket(b *testing.B) {
+	need.Root(b)
+	for _, kind := range []string{"tcp", "syn", "udp"} {
+		for _, family := range []int{4, 6} {
+			for _, mode := range []bpfMode{bpfModeMODE_IPIP, bpfModeMODE_GENEVE} {
+				for _, flows := range []int{1, 1000, 100_000, 1_000_000} {
+					name := fmt.Sprintf("%s/v%d/%s/flows=%d", kind, family, modeName(mode), flows)
+					b.Run(name, func(b *testing.B) {
+						benchmarkPacket(b, benchFrame(kind, family, benchVIP[family]), family, mode, flows)
+					})
+				}
+			}
+		}
+	}
+	b.Run("notvip/", func(b *testing.B) {
+		frame := benchFrame("tcp", 4, netip.MustParseAddr("192.0.2.200"))
+		benchmarkPacket(b, frame, 4, bpfModeMODE_IPIP, 1000)
+	})
+}
+
+func modeName(mode bpfMode) string {
+	if mode == bpfModeMODE_GENEVE {
+		return "geneve"
+	}
+	return "ipip"
+}
+
+func benchmarkPacket(b *testing.B, frame []byte, family int, mode bpfMode, flows int) {
+	objects := benchBalancer(b, mode)
+	generator := benchGenerator(b, objects, frame, family, flows)
+	pinned(b)
+	measured := map[string][]float64{}
+	targets := map[string]*ebpf.Program{
+		"generator": generator.Nothing, "prototype": generator.Prototype, "packet": objects.FairleadXdp}
+	for range max(b.N, 5) {
+		for name, program := range targets {
+			if err := generator.Target.Put(uint32(0), uint32(program.FD())); err != nil {
+				b.Fatal(err)
+			}
+			start := time.Now()
+			if _, err := generator.Generate.Run(&ebpf.RunOptions{
+				Data: frame, DataOut: make([]byte, 256), Repeat: benchRound}); err != nil {
+				b.Fatal(err)
+			}
+			measured[name] = append(measured[name], float64(time.Since(start).Nanoseconds())/benchRound)
+		}
+	}
+	empty := median(measured["generator"])
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(median(measured["packet"])-empty, "ns/packet")
+	b.ReportMetric(median(measured["prototype"])-empty, "prototype-ns/packet")
+	b.ReportMetric(empty, "generator-ns/packet")
+}
+
+func median(of []float64) float64 {
+	slices.Sort(of)
+	return of[len(of)/2]
+}
+
+// pinned keeps the benchmark on the machine's last core.
+func pinned(b *testing.B) {
+	b.Helper()
+	runtime.LockOSThread()
+	var old, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &old); err != nil {
+		b.Fatal(err)
+	}
+	one.Set(runtime.NumCPU() - 1)
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		if err := unix.SchedSetaffinity(0, &old); err != nil {
+			b.Error(err)
+		}
+		runtime.UnlockOSThread()
+	})
+}
+
+// benchFrame is 64 bytes of IPv4 or 80 of IPv6, padded, from a client that the
+// generator varies.
+func benchFrame(kind string, family int, vip netip.Addr) []byte {
+	proto, l4 := byte(unix.IPPROTO_TCP), make([]byte, 20)
+	l4[12] = 5 << 4
+	switch kind {
+	case "tcp":
+		l4[13] = 0x10 // ACK
+	case "syn":
+		l4[13] = 0x02
+	case "udp":
+		proto, l4 = unix.IPPROTO_UDP, make([]byte, 18)
+		binary.BigEndian.PutUint16(l4[4:], uint16(len(l4)))
+	}
+	binary.BigEndian.PutUint16(l4[2:], benchPort)
+	frame := make([]byte, 14, 80)
+	if family == 4 {
+		binary.BigEndian.PutUint16(frame[12:], unix.ETH_P_IP)
+		ip := make([]byte, 20)
+		ip[0], ip[8], ip[9] = 0x45, 64, proto
+		binary.BigEndian.PutUint16(ip[2:], uint16(20+len(l4)))
+		copy(ip[16:], vip.AsSlice())
+		return append(append(frame, ip...), l4...)[:64]
+	}
+	binary.BigEndian.PutUint16(frame[12:], unix.ETH_P_IPV6)
+	ip := make([]byte, 40)
+	ip[0], ip[6], ip[7] = 0x60, proto, 64
+	binary.BigEndian.PutUint16(ip[4:], uint16(len(l4)))
+	copy(ip[8:], netip.MustParseAddr("2001:db8:c::").AsSlice())
+	copy(ip[24:], vip.AsSlice())
+	return append(append(frame, ip...), l4...)[:80]
+}
+
+func benchGenerator(b *testing.B, objects *bpfObjects, frame []byte, family, flows int) *benchObjectsSet {
+	b.Helper()
+	spec, err := loadBench()
+	if err != nil {
+		b.Fatal(err)
+	}
+	var room [128]uint8
+	copy(room[:], frame)
+	client, port := uint32(14+12), uint32(14+20)
+	if family == 6 {
+		client, port = 14+8+12, 14+40
+	}
+	for name, value := range map[string]any{"frame": room, "frame_length": uint32(len(frame)),
+		"client_offset": client, "port_offset": port, "flow_count": uint32(flows), "config": benchConfig()} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			b.Fatal(err)
+		}
+	}
+	shared := map[string]*ebpf.Map{"services": objects.Services, "service_words": objects.ServiceWords,
+		"slots": objects.Slots, "backends": objects.Backends, "next_hops": objects.NextHops,
+		"service_counters": objects.ServiceCounters, "backend_counters": objects.BackendCounters}
+	for name, m := range shared {
+		spec.Maps[name].MaxEntries = m.MaxEntries()
+	}
+	var set benchObjectsSet
+	if err := spec.LoadAndAssign(&set, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		for _, closer := range []interface{ Close() error }{set.Generate, set.Nothing, set.Prototype, set.Target} {
+			closer.Close()
+		}
+	})
+	return &set
+}
+
+// benchObjectsSet is what of bench.bpf.c is used; its maps are the others'.
+type benchObjectsSet struct {
+	Generate  *ebpf.Program `ebpf:"generate"`
+	Nothing   *ebpf.Program `ebpf:"nothing"`
+	Prototype *ebpf.Program `ebpf:"prototype"`
+	Target    *ebpf.Map     `ebpf:"target"`
+}
+
+func benchConfig() bpfConfig {
+	key := flowhash.Secret{1, 2, 3}.FlowKey()
+	config := bpfConfig{Lb: 1, Backend: 1, Vni: 1, GenevePort: swap16(6082)}
+	config.Key = [2]uint64{binary.LittleEndian.Uint64(key[:8]), binary.LittleEndian.Uint64(key[8:])}
+	config.Node4 = bpfAddrOf(benchNode)
+	config.Ipip4 = config.Node4
+	config.Node6 = bpfAddrOf(netip.MustParseAddr("fd00::1"))
+	config.Ipip6 = config.Node6
+	return config
+}
