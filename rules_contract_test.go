@@ -170,7 +170,7 @@ func goName(structure string) string {
 }
 
 var basicLayouts = map[string]layout{
-	"uint8": {1, 1}, "int8": {1, 1}, "bool": {1, 1}, "uint16": {2, 2}, "int16": {2, 2},
+	"byte": {1, 1}, "uint8": {1, 1}, "int8": {1, 1}, "bool": {1, 1}, "uint16": {2, 2}, "int16": {2, 2},
 	"uint32": {4, 4}, "int32": {4, 4}, "uint64": {8, 8}, "int64": {8, 8},
 }
 

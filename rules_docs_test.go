@@ -15,9 +15,9 @@ var (
 	required  = regexp.MustCompile(`(?m)^(?:\t|require )([\w.-]+\.[\w./-]+) v\S+`)
 	tool      = regexp.MustCompile(`(?m)^(?:\t|tool )([\w.-]+\.[\w./-]+)$`)
 	tableRow  = regexp.MustCompile("(?m)^\\| `([^`]+)` \\|")
-	makeUse   = regexp.MustCompile("(?m)(?:^\\s*(?:[$#] )?|`|&& |sudo )make ([a-z][a-z-]*)")
+	makeUse   = regexp.MustCompile("(?m)(?:^\\s*(?:[$#] )?|`|&& |sudo )make ([a-z][a-z0-9-]*)")
 	binaryUse = regexp.MustCompile("(?m)(?:^\\s*(?:[$#] )?|`|&& |sudo )(?:bin/)?fairlead ([a-z][a-z-]*)")
-	target    = regexp.MustCompile(`(?m)^([a-z-]+):`)
+	target    = regexp.MustCompile(`(?m)^([a-z0-9-]+):`)
 	cobraUse  = regexp.MustCompile(`Use:\s*"([a-z-]+)`)
 )
 

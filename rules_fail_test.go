@@ -32,6 +32,7 @@ var bad = []struct {
 	{"lengths", tree{"bpf/x.h": "static int f(void)\n{" + strings.Repeat("\n", functionLines) + "}\n"}, "bpf/x.h:2: function has 101 lines"},
 	{"licences", tree{"x.go": "package x\n"}, "x.go does not begin with"},
 	{"licences", tree{"bpf/x.h": "/* SPDX-License-Identifier: GPL-2.0 */\n"}, "bpf/x.h does not begin with"},
+	{"licences", tree{"bpf/x.c": "// SPDX-License-Identifier: Apache-2.0\n"}, "bpf/x.c does not begin with"},
 	{"licences", tree{"scripts/x.sh": "#!/bin/sh\necho\n"}, "scripts/x.sh does not begin with"},
 	{"unfinished", tree{"x.go": goHead + "package x // TODO: the rest\n"}, `x.go:3 says "TODO"`},
 	{"unfinished", tree{"README.md": "BGP is not yet implemented.\n"}, `README.md:1 says "not yet implemented"`},

@@ -138,17 +138,19 @@ func longFunctionsInC(name, source string) []string {
 
 func checkLicences(t tree) []string {
 	var violations []string
-	want := func(names []string, line string, within int) {
-		for _, name := range names {
+	want := func(extension, line string, within int) {
+		for _, name := range t.matching(func(name string) bool { return path.Ext(name) == extension && !generated(t[name]) }) {
 			head := strings.SplitN(t[name], "\n", within+1)
 			if !slices.Contains(head[:min(within, len(head))], line) {
 				violations = append(violations, fmt.Sprintf("%s does not begin with %q", name, line))
 			}
 		}
 	}
-	want(t.ours(true), "// SPDX-License-Identifier: Apache-2.0", 1)
-	want(t.c(), "/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */", 1)
-	want(t.matching(func(name string) bool { return path.Ext(name) == ".sh" }), "# SPDX-License-Identifier: Apache-2.0", 2)
+	want(".go", "// SPDX-License-Identifier: Apache-2.0", 1)
+	// As the kernel does, which once had tools that choked on the other form.
+	want(".h", "/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */", 1)
+	want(".c", "// SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause", 1)
+	want(".sh", "# SPDX-License-Identifier: Apache-2.0", 2)
 	return violations
 }
 

@@ -11,7 +11,7 @@ trap 'rm -rf "$copy"' EXIT
 git -c safe.directory='*' ls-files --cached --others --exclude-standard -z |
 	tar --create --null --files-from - --ignore-failed-read 2>/dev/null | tar --extract --directory "$copy"
 
-mapfile -t generated < <(cd "$copy" && find . -name '*_bpfel.go' -o -name '*_bpfel.o')
+mapfile -t generated < <(cd "$copy" && find . -name '*_bpfel*.go' -o -name '*_bpfel*.o')
 if ((${#generated[@]} == 0)); then
 	echo "generated: no compiled BPF program in this tree" >&2
 	exit 1
