@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package lb says what is balanced (services, backends, nodes: a Snapshot) and
 // what one node must do about it (a Plan), as plain values. It does no I/O and
 // knows no Kubernetes types.
