@@ -34,6 +34,14 @@ struct geneve_outer {
 	struct geneve geneve;
 } __attribute__((packed));
 
+/* Word by word: a plain copy would drop `volatile`, and copy the zeros that the
+ * compiler sees in place of what is set at load. */
+static __always_inline void copy_constant(void *to, const volatile struct addr *from)
+{
+	for (int i = 0; i < 4; i++)
+		((__be32 *)to)[i] = from->w[i];
+}
+
 /* One hop less, before the packet is wrapped. */
 static __always_inline bool take_hop(struct xdp_md *ctx, const struct packet *packet)
 {
@@ -195,8 +203,7 @@ static __always_inline int wrap_geneve(struct xdp_md *ctx, const struct packet *
 			return DROP_HEADROOM;
 		outer_eth(data, hop, bpf_htons(ETH_P_IPV6));
 		outer_ip6(ip, packet, choice->backend, IPPROTO_UDP, choice->hash, extra);
-		__builtin_memcpy(&ip->saddr, (const void *)&config.node6,
-				 sizeof(ip->saddr));
+		copy_constant(&ip->saddr, &config.node6);
 		outer_geneve((void *)(ip + 1), packet, choice, address_len);
 	}
 	return 0;
@@ -259,7 +266,7 @@ static __noinline int ask_fib(struct xdp_md *ctx, const struct backend *backend,
 		fib.ipv4_dst = backend->tunnel.w[3];
 	} else {
 		fib.family = 10; /* AF_INET6 */
-		__builtin_memcpy(fib.ipv6_src, (const void *)&config.node6, sizeof(fib.ipv6_src));
+		copy_constant(fib.ipv6_src, &config.node6);
 		__builtin_memcpy(fib.ipv6_dst, &backend->tunnel, sizeof(fib.ipv6_dst));
 	}
 	switch (bpf_fib_lookup(ctx, &fib, sizeof(fib), 0)) {

@@ -48,6 +48,13 @@ static __always_inline bool complete(struct xdp_md *ctx, const struct packet *pa
 	return end <= (__u32)(ctx->data_end - ctx->data) || end <= bpf_xdp_get_buff_len(ctx);
 }
 
+static __noinline int no_service(const struct packet *packet)
+{
+	if (!packet || !is_vip(&packet->dst))
+		return xdp_pass();
+	return xdp_drop(packet->flags & PACKET_ICMP_ERROR ? DROP_ICMP_UNRELATED : DROP_NO_SERVICE);
+}
+
 static __always_inline int balance(struct xdp_md *ctx, struct packet *packet)
 {
 	int err = parse_transport((void *)(long)ctx->data, (void *)(long)ctx->data_end, packet,
@@ -68,7 +75,7 @@ static __always_inline int balance(struct xdp_md *ctx, struct packet *packet)
 	}
 	service = find_service(&packet->dst, packet->dst_port, packet->proto);
 	if (unlikely(!service))
-		return is_vip(&packet->dst) ? xdp_drop(DROP_NO_SERVICE) : xdp_pass();
+		return no_service(packet);
 	hash = flow_hash(&packet->src, &packet->dst, packet->src_port, packet->dst_port,
 			 packet->proto, packet->family);
 	err = choose(*service, hash, &choice);

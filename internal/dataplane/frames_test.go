@@ -50,7 +50,7 @@ func (p ipPacket) bytes() []byte {
 		copy(b[12:], p.src.AsSlice())
 		copy(b[16:], p.dst.AsSlice())
 		b = append(b, p.options...)
-		binary.BigEndian.PutUint16(b[10:], checksum(b))
+		binary.BigEndian.PutUint16(b[10:], internetSum(b))
 		return append(b, p.payload...)
 	}
 	b := make([]byte, 40, 40+len(p.payload))
@@ -62,9 +62,9 @@ func (p ipPacket) bytes() []byte {
 	return append(b, p.payload...)
 }
 
-// checksum is the Internet checksum of the pieces, each of even length but for
+// internetSum is the Internet checksum of the pieces, each of even length but for
 // the last.
-func checksum(pieces ...[]byte) uint16 {
+func internetSum(pieces ...[]byte) uint16 {
 	var sum uint32
 	for _, piece := range pieces {
 		for i, b := range piece {
@@ -83,7 +83,7 @@ func checksum(pieces ...[]byte) uint16 {
 
 func transportSum(src, dst netip.Addr, proto byte, segment []byte) uint16 {
 	pseudo := binary.BigEndian.AppendUint32(nil, uint32(len(segment)))
-	return checksum(src.AsSlice(), dst.AsSlice(), append(pseudo, 0, proto), segment)
+	return internetSum(src.AsSlice(), dst.AsSlice(), append(pseudo, 0, proto), segment)
 }
 
 func tcpSegment(src, dst netip.AddrPort, flags byte, data []byte) []byte {
@@ -110,7 +110,7 @@ func udpDatagram(src, dst netip.AddrPort, data []byte) []byte {
 // follows the checksum.
 func icmpMessage(src, dst netip.Addr, kind, code byte, number uint32, data []byte) []byte {
 	b := append(binary.BigEndian.AppendUint32([]byte{kind, code, 0, 0}, number), data...)
-	sum := checksum(b)
+	sum := internetSum(b)
 	if src.Is6() {
 		sum = transportSum(src, dst, protoICMPv6, b)
 	}

@@ -183,7 +183,7 @@ func (n *network) backend(mode bpfMode, target netip.AddrPort, tunnel netip.Addr
 	number := n.backends
 	n.backends++
 	b := bpfBackend{Address: wireAddr(target.Addr()), Port: wirePort(target.Port()), Tunnel: wireAddr(tunnel),
-		Tag: binary.LittleEndian.Uint64(testTag[:]), Mode: uint8(mode), Word: backendWord(bpfBackendStateBACKEND_ACTIVE, row)}
+		Tag: binary.LittleEndian.Uint64(testTag[:]), Mode: uint8(mode), Word: testWord(bpfBackendStateBACKEND_ACTIVE, row)}
 	if tunnel.Is4() {
 		proto := uint32(protoUDP)
 		if mode == bpfModeMODE_IPIP {
@@ -197,7 +197,7 @@ func (n *network) backend(mode bpfMode, target netip.AddrPort, tunnel netip.Addr
 
 const testGeneration = 7
 
-func backendWord(state bpfBackendState, row uint32) uint64 {
+func testWord(state bpfBackendState, row uint32) uint64 {
 	return uint64(state)<<56 | testGeneration<<32 | uint64(row)
 }
 
@@ -207,7 +207,7 @@ func (n *network) setState(number uint32, state bpfBackendState, row uint32) {
 	if err := n.Backends.Lookup(number, &b); err != nil {
 		n.t.Fatal(err)
 	}
-	b.Word = backendWord(state, row)
+	b.Word = testWord(state, row)
 	n.put(n.Backends, number, b)
 }
 

@@ -172,7 +172,7 @@ func TestDropHeadroom(t *testing.T) {
 	code = append(code, move(asm.FnXdpStoreBytes, 0)...)
 	code = append(code, asm.Mov.Reg(asm.R1, asm.R6), asm.LoadMapPtr(asm.R2, programs.FD()), asm.Mov.Imm(asm.R3, 0),
 		asm.FnTailCall.Call(), asm.Mov.Imm(asm.R0, 0), asm.Return())
-	before, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.XDP, Instructions: code, License: "GPL", Flags: 1 << 5})
+	before, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.XDP, AttachType: ebpf.AttachXDP, Instructions: code, License: "GPL", Flags: 1 << 5})
 	if err != nil {
 		t.Fatal(err)
 	}
