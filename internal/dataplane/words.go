@@ -3,8 +3,12 @@
 package dataplane
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
 	"net/netip"
+
+	"fairlead.dev/fairlead/internal/lb"
+	"fairlead.dev/fairlead/internal/maglev"
 )
 
 // bpfAddrOf is an address as the programs have it: 16 bytes in network order,
@@ -29,3 +33,93 @@ func addrOf(a bpfAddr) netip.Addr {
 
 // swap16 turns a port into network order and back.
 func swap16(v uint16) uint16 { return v<<8 | v>>8 }
+
+// backendKey is what places a backend in lookup tables: its address and port,
+// so that every LB node has the same, and a Pod that comes back where it was.
+func backendKey(target netip.AddrPort) maglev.Key {
+	b := target.Addr().As16()
+	sum := sha256.Sum256(binary.BigEndian.AppendUint16(b[:], target.Port()))
+	return maglev.Key(sum[:16])
+}
+
+func serviceKey(id lb.FrontendID) bpfServiceKey {
+	return bpfServiceKey{Vip: bpfAddrOf(id.VIP), Port: swap16(id.Port), Proto: uint8(id.Protocol)}
+}
+
+// vipKey says that an address is a VIP, whatever the port and protocol.
+func vipKey(vip netip.Addr) bpfServiceKey { return bpfServiceKey{Vip: bpfAddrOf(vip)} }
+
+// The layout of the words is in bpf/fairlead.h.
+const (
+	serviceBitsShift  = 32
+	serviceFlagsShift = 40
+	generationShift   = 32
+	generationMask    = 0xffffff
+	stateShift        = 56
+	vipBitsLog2       = 18
+	vipBitsWords      = 1 << (vipBitsLog2 - 6)
+	vipBitsMix0       = uint64(0x9e3779b97f4a7c15)
+	vipBitsMix1       = uint64(0xc2b2ae3d27d4eb4f)
+	podServesMax      = 8
+	// serviceNone is the number of a VIP itself.
+	serviceNone = 0
+)
+
+func serviceWord(offset, bits uint32, independent bool) uint64 {
+	word := uint64(offset) | uint64(bits)<<serviceBitsShift
+	if independent {
+		word |= uint64(bpfServiceFlagSERVICE_INDEPENDENT) << serviceFlagsShift
+	}
+	return word
+}
+
+func backendWord(state bpfBackendState, generation, nextHop uint32) uint64 {
+	return uint64(state)<<stateShift | uint64(generation&generationMask)<<generationShift | uint64(nextHop)
+}
+
+func wordState(word uint64) bpfBackendState { return bpfBackendState(word >> stateShift) }
+
+// vipBit is where vip_bits says that an address may be a VIP.
+func vipBit(vip netip.Addr) (word uint32, mask uint64) {
+	a := vip.As16()
+	low, high := binary.NativeEndian.Uint64(a[:8]), binary.NativeEndian.Uint64(a[8:])
+	bit := ((low*vipBitsMix0 + high) * vipBitsMix1) >> (64 - vipBitsLog2)
+	return uint32(bit >> 6), 1 << (bit & 63)
+}
+
+var modes = map[lb.Mode]bpfMode{
+	lb.ModeGeneve: bpfModeMODE_GENEVE, lb.ModeIPIP: bpfModeMODE_IPIP, lb.ModeLocal: bpfModeMODE_LOCAL,
+}
+
+// backendRow is what of a backend does not change while its number lives.
+func backendRow(b lb.Backend, tag [8]byte) bpfBackend {
+	target := b.ID.Target
+	if b.ID.Mode == lb.ModeLocal {
+		target = b.ID.Local
+	}
+	row := bpfBackend{Address: bpfAddrOf(target.Addr()), Port: swap16(target.Port()),
+		Mode: uint8(modes[b.ID.Mode]), Tag: binary.NativeEndian.Uint64(tag[:])}
+	if b.ID.Tunnel.IsValid() {
+		row.Tunnel = bpfAddrOf(b.ID.Tunnel)
+	}
+	if b.ID.Tunnel.Is4() {
+		row.OuterSum = outerSum(b.ID)
+	}
+	return row
+}
+
+// outerSum adds what is fixed of the outer IPv4 header, as 16-bit words in
+// memory: version and length, DF, TTL 64 and protocol, destination.
+func outerSum(id lb.BackendID) uint32 {
+	proto := byte(lb.UDP)
+	if id.Mode == lb.ModeIPIP {
+		proto = 4 // IPv4-in-IPv4; the mode has no IPv6-in-IPv4
+	}
+	dst := id.Tunnel.As4()
+	fixed := []byte{0x45, 0, 0x40, 0, 64, proto, dst[0], dst[1], dst[2], dst[3]}
+	sum := uint32(0)
+	for i := 0; i < len(fixed); i += 2 {
+		sum += uint32(binary.NativeEndian.Uint16(fixed[i:]))
+	}
+	return sum
+}

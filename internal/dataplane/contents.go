@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package dataplane
+
+import (
+	"sync/atomic"
+)
+
+// hashMap is what is asked of a BPF map that is not memory-mapped. The real
+// one is kernelMap; tests have one that fails now and then.
+type hashMap[K comparable, V any] interface {
+	Put(K, V) error
+	Delete(K) error // no error when there is none
+	All() (map[K]V, error)
+}
+
+// contents is what the maps of one dataplane hold. The arrays are the mapped
+// memory itself (in tests, plain slices).
+type contents struct {
+	serviceWords []uint64
+	slots        []uint64
+	vipBits      []uint64
+	backends     []bpfBackend
+	nextHops     []bpfNextHop
+
+	services hashMap[bpfServiceKey, uint32]
+	pods     hashMap[bpfPodKey, bpfPod]
+	lbNodes  hashMap[bpfLbNodeKey, uint32]
+
+	mapped [][]byte // the memory behind the arrays
+}
+
+// store writes a word that packets may be reading at this moment.
+func store(word *uint64, value uint64) {
+	if atomic.LoadUint64(word) != value {
+		atomic.StoreUint64(word, value)
+	}
+}
+
+// storeBackend writes a row that no slot names yet.
+func (c *contents) storeBackend(number uint32, row bpfBackend, word uint64) {
+	to := &c.backends[number]
+	row.Word = atomic.LoadUint64(&to.Word)
+	*to = row
+	store(&to.Word, word)
+}

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package dataplane
+
+import (
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"fairlead.dev/fairlead/internal/lb"
+)
+
+// Dump writes what the maps of both roles hold as sorted text, with names in
+// place of numbers, so that two dumps of the same plan are equal.
+func (d *Dataplane) Dump(w io.Writer) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.loaded == nil {
+		return ErrNotLoaded
+	}
+	return dump(w, d.maps)
+}
+
+// dump reads the maps alone, not what their writers remember.
+func dump(w io.Writer, c *contents) error {
+	services, err := c.services.All()
+	if err != nil {
+		return err
+	}
+	var lines []string
+	for key, number := range services {
+		lines = append(lines, dumpService(c, key, number))
+	}
+	pods, err := c.pods.All()
+	if err != nil {
+		return err
+	}
+	for key, value := range pods {
+		pod := podOf(key, value)
+		lines = append(lines, fmt.Sprintf("pod %s/%s serves %v\n", pod.Target, pod.Protocol, pod.Serves))
+	}
+	nodes, err := c.lbNodes.All()
+	if err != nil {
+		return err
+	}
+	for key := range nodes {
+		addr, length := addrOf(key.Address), int(key.PrefixLen)
+		if addr.Is4() {
+			length -= 96
+		}
+		lines = append(lines, fmt.Sprintf("lb-node %s\n", netip.PrefixFrom(addr, length)))
+	}
+	slices.Sort(lines)
+	_, err = io.WriteString(w, strings.Join(lines, ""))
+	return err
+}
+
+func dumpService(c *contents, key bpfServiceKey, number uint32) string {
+	vip := addrOf(key.Vip)
+	if key.Port == 0 && key.Proto == 0 {
+		return fmt.Sprintf("vip %s\n", vip)
+	}
+	id := lb.FrontendID{VIP: vip, Port: swap16(key.Port), Protocol: lb.Protocol(key.Proto)}
+	word := c.serviceWords[number]
+	width, flags := uint32(word>>serviceBitsShift)&0xff, word>>serviceFlagsShift
+	text := fmt.Sprintf("service %s slots %d flags %#x\n", id, slotCount(width), flags)
+	share := map[uint32]int{}
+	for _, slot := range c.slots[uint32(word) : uint32(word)+slotCount(width)] {
+		share[uint32(slot)]++
+	}
+	var rows []string
+	for backend, n := range share {
+		rows = append(rows, fmt.Sprintf("  %s slots %d\n", dumpBackend(c, backend), n))
+	}
+	slices.Sort(rows)
+	return text + strings.Join(rows, "")
+}
+
+func slotCount(width uint32) uint32 {
+	if width == 0 {
+		return 0
+	}
+	return 1 << width
+}
+
+func dumpBackend(c *contents, number uint32) string {
+	row := c.backends[number]
+	text := fmt.Sprintf("backend %s %s %s tag %016x", netip.AddrPortFrom(addrOf(row.Address), swap16(row.Port)),
+		modeNames[bpfMode(row.Mode)], stateName(wordState(row.Word)), row.Tag)
+	if row.Tunnel != (bpfAddr{}) {
+		text += fmt.Sprintf(" tunnel %s sum %#x", addrOf(row.Tunnel), row.OuterSum)
+	}
+	hop := uint32(row.Word)
+	if hop == 0 {
+		return text + " via fib"
+	}
+	h := c.nextHops[hop]
+	return text + fmt.Sprintf(" via %d %s to %s vlan %d mtu %d", h.Ifindex, lb.HardwareAddr(h.SrcMac), lb.HardwareAddr(h.DstMac), swap16(h.Vlan), h.Mtu)
+}
+
+var modeNames = map[bpfMode]string{
+	bpfModeMODE_GENEVE: "geneve", bpfModeMODE_IPIP: "ipip", bpfModeMODE_LOCAL: "local",
+}
