@@ -87,8 +87,11 @@ func slotCount(width uint32) uint32 {
 
 func dumpBackend(c *contents, number uint32) string {
 	row := c.backends[number]
-	text := fmt.Sprintf("backend %s %s %s tag %016x", netip.AddrPortFrom(addrOf(row.Address), swap16(row.Port)),
-		modeNames[bpfMode(row.Mode)], stateName(wordState(row.Word)), row.Tag)
+	text := fmt.Sprintf("backend %s %s %s", netip.AddrPortFrom(addrOf(row.Address), swap16(row.Port)),
+		modeNames[bpfMode(row.Mode)], stateName(wordState(row.Word)))
+	if row.Tag != 0 {
+		text += " tagged" // the tag itself is secret
+	}
 	if row.Tunnel != (bpfAddr{}) {
 		text += fmt.Sprintf(" tunnel %s sum %#x", addrOf(row.Tunnel), row.OuterSum)
 	}

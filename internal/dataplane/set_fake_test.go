@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package dataplane
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"fairlead.dev/fairlead/internal/flowhash"
+)
+
+var update = flag.Bool("update", false, "rewrite golden files")
+
+var errFake = errors.New("the map failed, as it does now and then")
+
+// fakeMap is a map without a kernel, which fails as often as it is told to.
+type fakeMap[K comparable, V any] struct {
+	content map[K]V
+	fails   func() bool
+}
+
+func (f *fakeMap[K, V]) Put(key K, value V) error {
+	if f.fails() {
+		return errFake
+	}
+	f.content[key] = value
+	return nil
+}
+
+func (f *fakeMap[K, V]) Delete(key K) error {
+	if f.fails() {
+		return errFake
+	}
+	delete(f.content, key)
+	return nil
+}
+
+func (f *fakeMap[K, V]) All() (map[K]V, error) { return maps.Clone(f.content), nil }
+
+// fake is a dataplane without a kernel.
+type fake struct {
+	maps     *contents
+	balancer *balancer
+	receiver *receiver
+	now      time.Time
+	fails    func() bool
+}
+
+func newFake(tb testing.TB) *fake {
+	tb.Helper()
+	f := &fake{now: time.Unix(0, 0), fails: func() bool { return false }}
+	fails := func() bool { return f.fails() }
+	f.maps = &contents{
+		serviceWords: make([]uint64, smallLimits.Services), slots: make([]uint64, smallLimits.Slots), vipBits: make([]uint64, vipBitsWords),
+		backends: make([]bpfBackend, smallLimits.Backends), nextHops: make([]bpfNextHop, smallLimits.NextHops),
+		services: &fakeMap[bpfServiceKey, uint32]{map[bpfServiceKey]uint32{}, fails},
+		pods:     &fakeMap[bpfPodKey, bpfPod]{map[bpfPodKey]bpfPod{}, fails},
+		lbNodes:  &fakeMap[bpfLbNodeKey, uint32]{map[bpfLbNodeKey]uint32{}, fails},
+	}
+	f.balancer = newBalancer(f.maps, smallLimits, flowhash.Secret{1, 2, 3}.Tag)
+	var err error
+	f.receiver, err = newReceiver(f.maps, smallLimits, time.Hour, f.now)
+	must(tb, err)
+	return f
+}
+
+func (f *fake) set(want Desired) error {
+	f.now = f.now.Add(2 * rest)
+	return errors.Join(f.balancer.set(want.Plan, want.NextHops, f.now), f.receiver.set(want.Plan, f.now))
+}
+
+func (f *fake) dump(tb testing.TB) string {
+	tb.Helper()
+	var text bytes.Buffer
+	must(tb, dump(&text, f.maps))
+	return text.String()
+}
+
+func TestDumpGolden(t *testing.T) {
+	f := newFake(t)
+	must(t, f.set(desired(testPlan(3))))
+	const path = "testdata/plan.dump"
+	if *update {
+		must(t, os.WriteFile(path, []byte(f.dump(t)), 0o644))
+	}
+	want, err := os.ReadFile(path)
+	must(t, err)
+	if got := f.dump(t); got != string(want) {
+		t.Errorf("dump:\n%s\nwant\n%s", got, want)
+	}
+}
+
+// However often a map fails in between, going on with the same plan ends in
+// the same maps.
+func TestSetGoesOnAfterFailures(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	f := newFake(t)
+	for round := range 200 {
+		want := desired(testPlan(random.IntN(12)))
+		if random.IntN(4) == 0 {
+			want = want0()
+		}
+		f.fails = func() bool { return random.IntN(3) == 0 }
+		for tries := 0; f.set(want) != nil; tries++ {
+			if tries > 1000 {
+				t.Fatal("never succeeds")
+			}
+		}
+		fresh := newFake(t)
+		must(t, fresh.set(want))
+		f.fails = func() bool { return false }
+		got, expected := withoutPods(f.dump(t)), withoutPods(fresh.dump(t))
+		if got != expected {
+			t.Fatalf("round %d: after failures\n%s\nfrom scratch\n%s", round, got, expected)
+		}
+		must(t, f.balancer.verify(want.Plan))
+	}
+}
+
+// withoutPods: a Pod that left the plan stays for the flows that it may have.
+func withoutPods(dump string) string {
+	var kept []string
+	for line := range strings.Lines(dump) {
+		if !strings.HasPrefix(line, "pod ") {
+			kept = append(kept, line)
+		}
+	}
+	return strings.Join(kept, "")
+}
+
+// No number and no run of slots is used again within a second.
+func TestFreedNumbersRest(t *testing.T) {
+	now := time.Unix(0, 0)
+	n := newNumbers("services", 3)
+	first, err := n.take(now)
+	must(t, err)
+	_, err = n.take(now)
+	must(t, err)
+	n.give(first, now)
+	if _, err := n.take(now.Add(rest - 1)); err == nil || !strings.Contains(err.Error(), "limits.services") {
+		t.Errorf("take before the rest is over: %v", err)
+	}
+	if again, err := n.take(now.Add(rest)); err != nil || again != first {
+		t.Errorf("take after the rest: %d, %v", again, err)
+	}
+
+	r := newRuns(1024)
+	offset, err := r.take(10, now)
+	must(t, err)
+	r.give(offset, 10, now)
+	if _, err := r.take(8, now.Add(rest-1)); err == nil {
+		t.Error("a run was given out before it had rested")
+	}
+	if _, err := r.take(8, now.Add(rest)); err != nil {
+		t.Error(err)
+	}
+}
+
+// Runs never overlap, are aligned, and merge again when all are given back.
+func TestRuns(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 4))
+	const size = 5 << 16 // no power of two
+	r, now := newRuns(size), time.Unix(0, 0)
+	held := map[uint32]uint32{}
+	for range 20_000 {
+		now = now.Add(rest)
+		if random.IntN(2) == 0 {
+			width := 8 + uint32(random.IntN(8))
+			offset, err := r.take(width, now)
+			if err != nil {
+				continue
+			}
+			for other, w := range held {
+				if offset < other+1<<w && other < offset+1<<width {
+					t.Fatalf("runs overlap: %d+%d and %d+%d", offset, 1<<width, other, 1<<w)
+				}
+			}
+			if offset%(1<<width) != 0 || offset+1<<width > size {
+				t.Fatalf("run at %d of %d", offset, 1<<width)
+			}
+			held[offset] = width
+			continue
+		}
+		for offset, width := range held {
+			r.give(offset, width, now)
+			delete(held, offset)
+			break
+		}
+	}
+	for offset, width := range held {
+		r.give(offset, width, now)
+	}
+	if r.used != 0 {
+		t.Errorf("%d slots in use after all were given back", r.used)
+	}
+	for want := range 2 {
+		if _, err := r.take(maxBits, now.Add(rest)); err != nil {
+			t.Errorf("largest run %d after all were given back: %v", want, err)
+		}
+	}
+}
+
+func foreignProgram(tb testing.TB) *ebpf.Program {
+	tb.Helper()
+	spec := pass(0)
+	spec.Name = "somebody"
+	program, err := ebpf.NewProgram(spec)
+	must(tb, err)
+	tb.Cleanup(func() { program.Close() })
+	return program
+}
