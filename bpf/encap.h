@@ -232,7 +232,7 @@ static __always_inline int wrap(struct xdp_md *ctx, const struct packet *packet,
 }
 
 /* A tag between the Ethernet addresses and the type. */
-static __noinline int push_vlan(struct xdp_md *ctx, __be16 tci)
+__noinline int push_vlan(struct xdp_md *ctx, __be16 tci)
 {
 	struct {
 		__u8 macs[2 * ETH_ALEN];
@@ -253,7 +253,7 @@ static __noinline int push_vlan(struct xdp_md *ctx, __be16 tci)
 }
 
 /* The kernel's own answer, while user space has not resolved the next hop. */
-static __noinline int ask_fib(struct xdp_md *ctx, const struct backend *backend, __u32 length,
+__noinline int ask_fib(struct xdp_md *ctx, const struct backend *backend, __u32 length,
 			      struct next_hop *hop)
 {
 	struct bpf_fib_lookup fib = {.ifindex = ctx->ingress_ifindex, .tot_len = length};

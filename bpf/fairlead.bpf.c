@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /* Entry points only. One object for both roles; `config` says which are on. */
 #include <linux/pkt_cls.h>
+#include "answer.h"
 #include "encap.h"
 #include "fragment.h"
 #include "select.h"
@@ -22,7 +23,7 @@ static __always_inline void trace_packet(const struct packet *packet)
 
 /* What most packets are not: malformed, fragments, ICMP, other protocols.
  * Returns an XDP action, or CONTINUE when the flow is now in `packet`. */
-static __noinline int unusual(struct xdp_md *ctx, struct packet *packet, int err)
+__noinline int unusual(struct xdp_md *ctx, struct packet *packet, int err)
 {
 	if (!packet || !is_vip(&packet->dst))
 		return xdp_pass();
@@ -48,7 +49,7 @@ static __always_inline bool complete(struct xdp_md *ctx, const struct packet *pa
 	return end <= (__u32)(ctx->data_end - ctx->data) || end <= bpf_xdp_get_buff_len(ctx);
 }
 
-static __noinline int no_service(const struct packet *packet)
+__noinline int no_service(const struct packet *packet)
 {
 	if (!packet || !is_vip(&packet->dst))
 		return xdp_pass();
@@ -104,13 +105,13 @@ int fairlead_xdp(struct xdp_md *ctx)
 SEC("tc")
 int fairlead_egress(struct __sk_buff *skb)
 {
-	return TC_ACT_UNSPEC;
+	return answer_at_uplink(skb);
 }
 
 SEC("tc")
 int fairlead_pod(struct __sk_buff *skb)
 {
-	return TC_ACT_UNSPEC;
+	return answer_at_pod(skb);
 }
 
 /* Go's types are made from this object's BTF, which has only what is named. */

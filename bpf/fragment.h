@@ -15,7 +15,7 @@ static __always_inline struct fragment_key fragment_of(const struct packet *pack
 }
 
 /* Of a first fragment. */
-static __noinline int remember_fragment(const struct packet *packet)
+__noinline int remember_fragment(const struct packet *packet)
 {
 	struct fragment_key key;
 	struct fragment fragment = {.seen = bpf_ktime_get_coarse_ns()};
@@ -29,7 +29,7 @@ static __noinline int remember_fragment(const struct packet *packet)
 }
 
 /* Of a later one: fills in the ports, or returns DROP_FRAGMENT_UNKNOWN. */
-static __noinline int recall_fragment(struct packet *packet)
+__noinline int recall_fragment(struct packet *packet)
 {
 	struct fragment_key key;
 	struct fragment *fragment;

@@ -48,7 +48,7 @@ static __always_inline void swap_macs(struct ethhdr *eth)
  * client. Puts the flow, as the client's packets have it, in place of the
  * error's own addresses and ports.
  */
-static __noinline int quoted_flow(struct xdp_md *ctx, struct packet *packet)
+__noinline int quoted_flow(struct xdp_md *ctx, struct packet *packet)
 {
 	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
 	struct packet quoted;
@@ -70,7 +70,7 @@ static __noinline int quoted_flow(struct xdp_md *ctx, struct packet *packet)
 }
 
 /* Answers an echo request to a VIP in its own frame. */
-static __noinline int reply_echo(struct xdp_md *ctx, const struct packet *packet)
+__noinline int reply_echo(struct xdp_md *ctx, const struct packet *packet)
 {
 	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
 	struct icmp *icmp;
@@ -213,7 +213,7 @@ static __always_inline bool write_error6(struct xdp_md *ctx, const struct packet
 
 /* Tells the sender why its packet went no further: EVENT_TOO_BIG with the MTU
  * that would do, or EVENT_TIME_EXCEEDED. The source is the VIP. */
-static __noinline int reply_error(struct xdp_md *ctx, const struct packet *packet, __u32 event,
+__noinline int reply_error(struct xdp_md *ctx, const struct packet *packet, __u32 event,
 				  __u32 mtu)
 {
 	bool too_big = event == EVENT_TOO_BIG, made;

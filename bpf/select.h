@@ -31,7 +31,7 @@ static __always_inline bool maybe_vip(const struct addr *a)
 }
 
 /* Whether the address is a VIP for certain: the key without port and protocol. */
-static __noinline bool is_vip(const struct addr *a)
+__noinline bool is_vip(const struct addr *a)
 {
 	struct service_key key = {};
 
@@ -81,7 +81,7 @@ static __always_inline struct backend *slot_backend(__u32 offset, __u32 slot, __
 
 /* The slot's backend is gone: the first usable one of the following slots
  * stands in, the same on every LB node. Returns its number, or 0. */
-static __noinline __u32 stand_in(__u64 service_word, __u32 slot)
+__noinline __u32 stand_in(__u64 service_word, __u32 slot)
 {
 	__u32 bits = (service_word >> SERVICE_BITS_SHIFT) & 31;
 	__u32 number = 0;
