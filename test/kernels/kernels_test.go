@@ -29,7 +29,7 @@ import (
 var (
 	packageFlag = flag.String("package", "internal/dataplane", "directory of the package whose tests run on each kernel")
 	runFlag     = flag.String("guestrun", ".", "its tests to run, as in go test -run, without spaces")
-	limitFlag   = flag.Duration("limit", 8*time.Minute, "time that one kernel may take")
+	limitFlag   = flag.Duration("limit", 10*time.Minute, "time that one kernel may take")
 )
 
 // series are the kernels promised: the floor, and Debian's next.
@@ -150,6 +150,7 @@ func boot(t *testing.T, k kernel, initramfs string) []byte {
 // An event is one line of test2json.
 type event struct {
 	Action, Test, Output string
+	Elapsed              float64 // seconds, of what has ended
 }
 
 // report makes each test of the guest a subtest of t.
@@ -165,6 +166,7 @@ func report(t *testing.T, version string, results []byte) {
 		t.Fatal(err)
 	}
 	output, outcome, order := map[string]*strings.Builder{}, map[string]string{}, []string{}
+	took := map[string]float64{}
 	for _, e := range events {
 		if output[e.Test] == nil {
 			output[e.Test] = &strings.Builder{}
@@ -172,7 +174,7 @@ func report(t *testing.T, version string, results []byte) {
 		}
 		output[e.Test].WriteString(e.Output)
 		if slices.Contains([]string{"pass", "fail", "skip"}, e.Action) {
-			outcome[e.Test] = e.Action
+			outcome[e.Test], took[e.Test] = e.Action, e.Elapsed
 		}
 	}
 	ran := 0
@@ -186,7 +188,7 @@ func report(t *testing.T, version string, results []byte) {
 			}
 		case outcome[name] == "pass":
 			ran++
-			t.Run(name, func(*testing.T) {})
+			t.Run(name, func(t *testing.T) { t.Logf("took %.1f s on this kernel", took[name]) })
 		case outcome[name] == "skip" && wantsTool.MatchString(text):
 			// Tools that look at packets from outside run on this
 			// machine's kernel; a guest has none.
