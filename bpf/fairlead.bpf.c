@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /* Entry points only. One object for both roles; `config` says which are on. */
 #include <linux/pkt_cls.h>
-#include "answer.h"
 #include "encap.h"
 #include "fragment.h"
 #include "select.h"
@@ -105,13 +104,13 @@ int fairlead_xdp(struct xdp_md *ctx)
 SEC("tc")
 int fairlead_egress(struct __sk_buff *skb)
 {
-	return answer_at_uplink(skb);
+	return TC_ACT_UNSPEC;
 }
 
 SEC("tc")
 int fairlead_pod(struct __sk_buff *skb)
 {
-	return answer_at_pod(skb);
+	return TC_ACT_UNSPEC;
 }
 
 /* Go's types are made from this object's BTF, which has only what is named. */
