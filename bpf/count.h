@@ -20,6 +20,20 @@
 		}                                                           \
 	} while (0)
 
+/* TRACING(statements): those that write to the trace `to`, when tracing. One
+ * check for several fields: each costs a load even where nothing is traced. */
+#define TRACING(...)                                                        \
+	do {                                                                \
+		if (config.tracing) {                                       \
+			__u32 trace_at = 0;                                 \
+			struct trace *to =                                  \
+				bpf_map_lookup_elem(&traces, &trace_at);    \
+			if (to) {                                           \
+				__VA_ARGS__;                                \
+			}                                                   \
+		}                                                           \
+	} while (0)
+
 #define TRACE_STEP(step)                                                    \
 	do {                                                                \
 		if (config.tracing) {                                       \

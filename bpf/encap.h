@@ -24,7 +24,7 @@ struct geneve {
 	__u8 option_type;
 	__u8 option_length; /* of its data in 4 bytes */
 	struct tunnel_option option;
-} __attribute__((packed));
+};
 
 #define OUTER4_BYTES (sizeof(struct ethhdr) + sizeof(struct iphdr))
 #define OUTER6_BYTES (sizeof(struct ethhdr) + sizeof(struct ipv6hdr))
@@ -32,7 +32,7 @@ struct geneve {
 struct geneve_outer {
 	struct udphdr udp;
 	struct geneve geneve;
-} __attribute__((packed));
+};
 
 /* Word by word: a plain copy would drop `volatile`, and copy the zeros that the
  * compiler sees in place of what is set at load. */
@@ -68,9 +68,14 @@ static __always_inline bool take_hop(struct xdp_md *ctx, const struct packet *pa
 
 static __always_inline void outer_eth(struct ethhdr *eth, const struct next_hop *hop, __be16 type)
 {
-	__builtin_memcpy(eth->h_dest, hop->dst_mac, ETH_ALEN);
-	__builtin_memcpy(eth->h_source, hop->src_mac, ETH_ALEN);
-	eth->h_proto = type;
+	/* Both addresses in three words: the compiler would copy them by bytes. */
+	const __u32 *from = (const void *)hop->dst_mac;
+	__u32 *to = (void *)eth;
+
+	to[0] = from[0];
+	to[1] = from[1];
+	to[2] = from[2];
+	*(__be16 *)&to[3] = type;
 }
 
 static __always_inline void outer_ip4(struct iphdr *ip, const struct packet *packet,
@@ -289,8 +294,7 @@ __noinline int ask_fib(struct xdp_md *ctx, const struct backend *backend, __u32 
 
 static __always_inline int transmit(struct xdp_md *ctx, const struct next_hop *hop)
 {
-	TRACE(verdict, VERDICT_FORWARD);
-	TRACE(ifindex, hop->ifindex);
+	TRACING(to->verdict = VERDICT_FORWARD; to->ifindex = hop->ifindex);
 	if (hop->ifindex == ctx->ingress_ifindex)
 		return XDP_TX;
 	return bpf_redirect(hop->ifindex, 0);
@@ -301,20 +305,20 @@ static __always_inline int forward(struct xdp_md *ctx, struct packet *packet,
 				   const struct choice *choice)
 {
 	__u32 row = (__u32)choice->word;
-	struct next_hop asked = {}, *hop = bpf_map_lookup_elem(&next_hops, &row);
+	struct next_hop asked, *hop = bpf_map_lookup_elem(&next_hops, &row);
 	__u32 length = packet->length + overhead(packet, choice->backend);
 	int drop;
 
 	if (unlikely(packet->ttl <= 1))
 		return reply_error(ctx, packet, EVENT_TIME_EXCEEDED, 0);
 	if (unlikely(!row || !hop)) {
+		__builtin_memset(&asked, 0, sizeof(asked));
 		drop = ask_fib(ctx, choice->backend, length, &asked);
 		if (drop)
 			return xdp_drop(drop);
 		hop = &asked;
 	}
-	TRACE(next_hop, row);
-	TRACE_STEP(TRACE_NEXT_HOP);
+	TRACING(to->next_hop = row; to->steps |= TRACE_NEXT_HOP);
 	if (unlikely(length > hop->mtu))
 		return reply_error(ctx, packet, EVENT_TOO_BIG,
 				   hop->mtu - (length - packet->length));

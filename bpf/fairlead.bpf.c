@@ -10,14 +10,10 @@
 
 static __always_inline void trace_packet(const struct packet *packet)
 {
-	TRACE(src, packet->src);
-	TRACE(dst, packet->dst);
-	TRACE(src_port, packet->src_port);
-	TRACE(dst_port, packet->dst_port);
-	TRACE(proto, packet->proto);
-	TRACE(family, packet->family);
-	TRACE(flags, packet->flags);
-	TRACE_STEP(TRACE_PARSED);
+	TRACING(to->src = packet->src; to->dst = packet->dst;
+		to->src_port = packet->src_port; to->dst_port = packet->dst_port;
+		to->proto = packet->proto; to->family = packet->family;
+		to->flags = packet->flags; to->steps |= TRACE_PARSED);
 }
 
 /* What most packets are not: malformed, fragments, ICMP, other protocols.
@@ -59,7 +55,7 @@ static __always_inline int balance(struct xdp_md *ctx, struct packet *packet)
 {
 	int err = parse_transport((void *)(long)ctx->data, (void *)(long)ctx->data_end, packet,
 				  false);
-	struct choice choice = {};
+	struct choice choice;
 	__u32 *service;
 	__u64 hash;
 

@@ -73,8 +73,7 @@ static __always_inline struct backend *slot_backend(__u32 offset, __u32 slot, __
 	if (!cell)
 		return NULL;
 	word = READ_ONCE(*cell);
-	TRACE(slot, slot);
-	TRACE(slot_word, word);
+	TRACING(to->slot = slot; to->slot_word = word; to->steps |= TRACE_SLOT);
 	*number = (__u32)word;
 	return bpf_map_lookup_elem(&backends, number);
 }
@@ -112,16 +111,13 @@ static __always_inline int choose(__u32 service, __u64 hash, struct choice *choi
 		return DROP_NO_BACKEND;
 	word = READ_ONCE(*cell);
 	bits = (word >> SERVICE_BITS_SHIFT) & 31;
-	TRACE(service, service);
-	TRACE(hash, hash);
-	TRACE_STEP(TRACE_SERVICE);
+	TRACING(to->service = service; to->hash = hash; to->steps |= TRACE_SERVICE);
 	if (unlikely(!bits))
 		return DROP_NO_BACKEND;
 	slot = hash >> (64 - bits);
 	choice->backend = slot_backend((__u32)word, slot, &choice->number);
 	if (unlikely(!choice->backend))
 		return DROP_NO_BACKEND;
-	TRACE_STEP(TRACE_SLOT);
 	choice->word = READ_ONCE(choice->backend->word);
 	if (unlikely(!usable(choice->word))) {
 		choice->number = stand_in(word, slot);
@@ -130,7 +126,6 @@ static __always_inline int choose(__u32 service, __u64 hash, struct choice *choi
 			return DROP_NO_BACKEND;
 		choice->word = READ_ONCE(choice->backend->word);
 	}
-	TRACE(backend, choice->number);
-	TRACE_STEP(TRACE_BACKEND);
+	TRACING(to->backend = choice->number; to->steps |= TRACE_BACKEND);
 	return 0;
 }
