@@ -300,6 +300,14 @@ static __always_inline int transmit(struct xdp_md *ctx, const struct next_hop *h
 	return bpf_redirect(hop->ifindex, 0);
 }
 
+static __always_inline void count_choice(const struct packet *packet, const struct choice *choice)
+{
+	bool syn = packet->flags & PACKET_SYN;
+
+	count_packet(&service_counters, choice->service, packet->length, syn);
+	count_packet(&backend_counters, choice->number, packet->length, syn);
+}
+
 /* Sends the packet to the chosen backend's node. Returns an XDP action. */
 static __always_inline int forward(struct xdp_md *ctx, struct packet *packet,
 				   const struct choice *choice)
@@ -332,9 +340,6 @@ static __always_inline int forward(struct xdp_md *ctx, struct packet *packet,
 		if (drop)
 			return xdp_drop(drop);
 	}
-	count_packet(&service_counters, choice->service, packet->length,
-		     packet->flags & PACKET_SYN);
-	count_packet(&backend_counters, choice->number, packet->length,
-		     packet->flags & PACKET_SYN);
+	count_choice(packet, choice);
 	return transmit(ctx, hop);
 }

@@ -1,20 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /* Entry points only. One object for both roles; `config` says which are on. */
 #include <linux/pkt_cls.h>
+#include "answer.h"
 #include "encap.h"
 #include "fragment.h"
 #include "select.h"
+#include "tunnel.h"
 
 /* No XDP action: the packet goes on. */
 #define CONTINUE (-1)
-
-static __always_inline void trace_packet(const struct packet *packet)
-{
-	TRACING(to->src = packet->src; to->dst = packet->dst;
-		to->src_port = packet->src_port; to->dst_port = packet->dst_port;
-		to->proto = packet->proto; to->family = packet->family;
-		to->flags = packet->flags; to->steps |= TRACE_PARSED);
-}
 
 /* What most packets are not: malformed, fragments, ICMP, other protocols.
  * Returns an XDP action, or CONTINUE when the flow is now in `packet`. */
@@ -51,6 +45,18 @@ __noinline int no_service(const struct packet *packet)
 	return xdp_drop(packet->flags & PACKET_ICMP_ERROR ? DROP_ICMP_UNRELATED : DROP_NO_SERVICE);
 }
 
+/* The backend is on this node: no tunnel, and no hop less. */
+static __always_inline int deliver_here(struct xdp_md *ctx, const struct packet *packet,
+					const struct choice *choice)
+{
+	struct pod_key target = {.address = choice->backend->address,
+				 .port = choice->backend->port,
+				 .proto = packet->proto};
+
+	count_choice(packet, choice);
+	return deliver(ctx, packet, &target, choice->hash);
+}
+
 static __always_inline int balance(struct xdp_md *ctx, struct packet *packet)
 {
 	int err = parse_transport((void *)(long)ctx->data, (void *)(long)ctx->data_end, packet,
@@ -77,6 +83,8 @@ static __always_inline int balance(struct xdp_md *ctx, struct packet *packet)
 	err = choose(*service, hash, &choice);
 	if (unlikely(err))
 		return xdp_drop(err);
+	if (config.backend && choice.backend->mode == MODE_LOCAL)
+		return deliver_here(ctx, packet, &choice);
 	return forward(ctx, packet, &choice);
 }
 
@@ -91,6 +99,8 @@ int fairlead_xdp(struct xdp_md *ctx)
 	if (parse_link(data, data_end, &l3, &type) ||
 	    parse_addresses(data, data_end, l3, type, &packet))
 		return xdp_pass();
+	if (config.backend && tunnel_here(data, data_end, &packet))
+		return unwrap(ctx, &packet);
 	if (config.lb && maybe_vip(&packet.dst))
 		return balance(ctx, &packet);
 	trace_packet(&packet);
@@ -100,13 +110,13 @@ int fairlead_xdp(struct xdp_md *ctx)
 SEC("tc")
 int fairlead_egress(struct __sk_buff *skb)
 {
-	return TC_ACT_UNSPEC;
+	return answer_at_uplink(skb);
 }
 
 SEC("tc")
 int fairlead_pod(struct __sk_buff *skb)
 {
-	return TC_ACT_UNSPEC;
+	return answer_at_pod(skb);
 }
 
 /* Go's types are made from this object's BTF, which has only what is named. */

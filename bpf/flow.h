@@ -8,10 +8,8 @@
 
 #include "count.h"
 #include "maps.h"
-#include <bpf/bpf_endian.h>
+#include "parse.h"
 #include <linux/errno.h>
-#include <linux/in.h>
-#include <stdbool.h>
 
 #ifndef CLOCK_MONOTONIC
 #define CLOCK_MONOTONIC 1
@@ -20,10 +18,6 @@
 /* A pending entry that nobody touched for so long claims nothing. */
 #define PENDING_NS (60ULL * 1000000000ULL)
 
-#define TCP_FLAG_FIN 0x01
-#define TCP_FLAG_SYN 0x02
-#define TCP_FLAG_RST 0x04
-#define TCP_FLAG_ACK 0x10
 
 /* Of a connection whose beginning was not seen. */
 #define TCP_SCALE_MAX 14
@@ -34,14 +28,9 @@ struct segment {
 	__u32 end; /* sequence number after its data, SYN and FIN */
 	__u32 ack;
 	__u16 window;
-	__u8 flags; /* TCP_FLAG_* */
+	__u8 flags; /* TCP_* */
 	__u8 scale; /* of a SYN-ACK's window option */
 };
-
-static __always_inline bool addr_equal(const struct addr *a, const struct addr *b)
-{
-	return a->w[0] == b->w[0] && a->w[1] == b->w[1] && a->w[2] == b->w[2] && a->w[3] == b->w[3];
-}
 
 static __always_inline __u64 flow_idle(const struct flow_key *key, const struct flow *flow)
 {
@@ -77,7 +66,7 @@ static __always_inline bool flow_pending(const struct flow *flow)
 
 static __always_inline bool flow_of(const struct flow *flow, const struct pod_key *pod)
 {
-	return flow->pod_port == pod->port && addr_equal(&flow->pod, &pod->address);
+	return flow->pod_port == pod->port && same_addr(&flow->pod, &pod->address);
 }
 
 /*
@@ -89,7 +78,7 @@ static __always_inline struct flow *flow_find(const struct flow_key *key, __u64 
 	struct flow *flow = bpf_map_lookup_elem(&flows, key);
 	struct flow *fresh;
 
-	if (flow && !flow_closed(flow))
+	if (flow && flow->state && !flow_closed(flow))
 		return flow;
 	fresh = bpf_map_lookup_elem(&pending, key);
 	if (fresh && now - fresh->seen < PENDING_NS)
@@ -102,7 +91,7 @@ static __always_inline bool pod_serves(const struct pod *pod, const struct addr 
 	for (__u32 i = 0; i < POD_SERVES_MAX; i++) {
 		if (i >= pod->count)
 			break;
-		if (pod->serves[i].port == port && addr_equal(&pod->serves[i].vip, vip))
+		if (pod->serves[i].port == port && same_addr(&pod->serves[i].vip, vip))
 			return true;
 	}
 	return false;
@@ -123,7 +112,7 @@ static __always_inline bool flow_conflicts(const struct flow_key *key, const str
 
 		if (i >= pod->count)
 			break;
-		if (serves->port == key->vip_port && addr_equal(&serves->vip, &key->vip))
+		if (serves->port == key->vip_port && same_addr(&serves->vip, &key->vip))
 			continue;
 		other.vip = serves->vip;
 		other.vip_port = serves->port;
@@ -138,38 +127,40 @@ static __always_inline __u8 flow_first_state(__u8 proto, __u8 tcp_flags)
 {
 	if (proto == IPPROTO_UDP)
 		return FLOW_UNANSWERED;
-	return tcp_flags & TCP_FLAG_SYN ? FLOW_HALF_OPEN : FLOW_PROVISIONAL;
+	return tcp_flags & TCP_SYN ? FLOW_HALF_OPEN : FLOW_PROVISIONAL;
 }
 
-/* Makes the entry of a flow that has none, for the Pod that was named. */
-static __noinline int flow_make(const struct flow_key *key, const struct pod_key *target, __u64 hash, __u8 state)
-{
-	struct flow flow = {};
+/* A struct flow is too large for the stack beside those of its callers. */
+static const __u8 no_flow[sizeof(struct flow)];
 
-	flow.pod = target->address;
-	flow.pod_port = target->port;
-	flow.state = state;
-	flow.pod_scale = state == FLOW_PROVISIONAL ? TCP_SCALE_MAX : 0;
-	flow.hash = hash;
-	flow.seen = bpf_ktime_get_coarse_ns();
-	if (bpf_map_update_elem(&pending, key, &flow, BPF_ANY))
+/* Makes the entry of a flow that has none, for the Pod that was named. Until
+ * `seen` is there, which comes last, flow_find does not see it. */
+static __noinline int flow_make(const struct flow_key *key, const struct pod_key *target, __u64 hash,
+				__u8 state)
+{
+	struct flow *flow;
+
+	if (bpf_map_update_elem(&pending, key, no_flow, BPF_ANY))
 		return DROP_FLOWS_FULL;
+	flow = bpf_map_lookup_elem(&pending, key);
+	if (!flow)
+		return DROP_FLOWS_FULL;
+	flow->pod = target->address;
+	flow->pod_port = target->port;
+	flow->state = state;
+	flow->pod_scale = state == FLOW_PROVISIONAL ? TCP_SCALE_MAX : 0;
+	flow->hash = hash;
+	barrier();
+	flow->seen = bpf_ktime_get_coarse_ns();
 	count_event(EVENT_FLOW_NEW);
 	return DROP_NONE;
 }
 
 /* Starts the timer of a new entry; one without would never leave. */
-static __always_inline int flow_arm(const struct flow_key *key)
+static __always_inline int flow_arm(const struct flow_key *key, struct flow *flow)
 {
-	struct flow *flow = bpf_map_lookup_elem(&flows, key);
-	long err;
-
-	if (!flow)
-		return DROP_NONE;
-	err = bpf_timer_init(&flow->timer, &flows, CLOCK_MONOTONIC);
-	if (err == -EBUSY)
-		return DROP_NONE;
-	if (err || bpf_timer_set_callback(&flow->timer, flow_expire)) {
+	if (bpf_timer_init(&flow->timer, &flows, CLOCK_MONOTONIC) ||
+	    bpf_timer_set_callback(&flow->timer, flow_expire)) {
 		bpf_map_delete_elem(&flows, key);
 		return DROP_FLOWS_FULL;
 	}
@@ -177,32 +168,35 @@ static __always_inline int flow_arm(const struct flow_key *key)
 	return DROP_NONE;
 }
 
-/* Moves an entry from `pending` to `flows`. */
+/* Moves an entry from `pending` to `flows`. Until `state` is there, which comes
+ * last, flow_find does not see it. */
 static __noinline int flow_confirm(const struct flow_key *key, const struct flow *from)
 {
-	struct flow flow = {};
-	struct flow *old;
+	struct flow *flow = bpf_map_lookup_elem(&flows, key);
 	long err;
 
-	flow.pod = from->pod;
-	flow.pod_port = from->pod_port;
-	flow.state = FLOW_ESTABLISHED;
-	flow.fins = from->fins;
-	flow.pod_scale = from->pod_scale;
-	flow.hash = from->hash;
-	flow.seen = bpf_ktime_get_coarse_ns();
-	flow.pod_isn = from->pod_isn;
-	flow.pod_ack = from->pod_ack;
-	flow.pod_seq = from->pod_seq;
-	flow.pod_window = from->pod_window;
-	old = bpf_map_lookup_elem(&flows, key);
-	if (old && flow_closed(old))
+	if (flow && flow_closed(flow))
 		bpf_map_delete_elem(&flows, key);
 	/* Another CPU may have been faster: its entry is as good. */
-	err = bpf_map_update_elem(&flows, key, &flow, BPF_NOEXIST);
+	err = bpf_map_update_elem(&flows, key, no_flow, BPF_NOEXIST);
 	if (err == -EEXIST)
 		return DROP_NONE;
-	if (err || flow_arm(key) != DROP_NONE)
+	flow = bpf_map_lookup_elem(&flows, key);
+	if (err || !flow)
+		return DROP_FLOWS_FULL;
+	flow->pod = from->pod;
+	flow->pod_port = from->pod_port;
+	flow->fins = from->fins;
+	flow->pod_scale = from->pod_scale;
+	flow->hash = from->hash;
+	flow->seen = bpf_ktime_get_coarse_ns();
+	flow->pod_isn = from->pod_isn;
+	flow->pod_ack = from->pod_ack;
+	flow->pod_seq = from->pod_seq;
+	flow->pod_window = from->pod_window;
+	barrier();
+	flow->state = FLOW_ESTABLISHED;
+	if (flow_arm(key, flow) != DROP_NONE)
 		return DROP_FLOWS_FULL;
 	bpf_map_delete_elem(&pending, key);
 	count_event(EVENT_FLOW_CONFIRMED);
@@ -245,18 +239,18 @@ static __always_inline void flow_close_if_done(struct flow *flow)
  */
 static __always_inline void flow_from_client(struct flow *flow, const struct segment *s)
 {
-	if (s->flags & TCP_FLAG_RST) {
+	if (s->flags & TCP_RST) {
 		if (s->seq == flow->pod_ack)
 			flow_close(flow);
 		return;
 	}
 	if (s->end - flow->pod_ack > flow->pod_window + 1)
 		return;
-	if (s->flags & TCP_FLAG_FIN) {
+	if (s->flags & TCP_FIN) {
 		flow->client_fin = s->end;
 		flow->fins |= FLOW_FIN_CLIENT;
 	}
-	if (s->flags & TCP_FLAG_ACK && flow->fins & FLOW_FIN_POD && s->ack == flow->pod_fin) {
+	if (s->flags & TCP_ACK && flow->fins & FLOW_FIN_POD && s->ack == flow->pod_fin) {
 		flow->fins |= FLOW_FIN_POD_ACKED;
 		flow_close_if_done(flow);
 	}
@@ -276,12 +270,12 @@ static __always_inline void flow_syn_ack(struct flow *flow, const struct segment
 /* What a Pod's segment says of a flow: the Pod is believed. */
 static __always_inline void flow_from_pod(struct flow *flow, const struct segment *s)
 {
-	if (s->flags & TCP_FLAG_RST) {
+	if (s->flags & TCP_RST) {
 		if (!flow_pending(flow))
 			flow_close(flow);
 		return;
 	}
-	if (!(s->flags & TCP_FLAG_ACK))
+	if (!(s->flags & TCP_ACK))
 		return;
 	if (flow_pending(flow) || (__s32)(s->ack - flow->pod_ack) > 0)
 		flow->pod_ack = s->ack;
@@ -290,7 +284,7 @@ static __always_inline void flow_from_pod(struct flow *flow, const struct segmen
 	flow->pod_window = (__u32)s->window << (flow->pod_scale & 15);
 	if (flow_pending(flow))
 		return;
-	if (s->flags & TCP_FLAG_FIN) {
+	if (s->flags & TCP_FIN) {
 		flow->pod_fin = s->end;
 		flow->fins |= FLOW_FIN_POD;
 		flow_closing(flow);

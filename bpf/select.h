@@ -18,6 +18,14 @@ struct choice {
 	__u32 number;  /* of the backend */
 };
 
+static __always_inline void trace_packet(const struct packet *packet)
+{
+	TRACING(to->src = packet->src; to->dst = packet->dst;
+		to->src_port = packet->src_port; to->dst_port = packet->dst_port;
+		to->proto = packet->proto; to->family = packet->family;
+		to->flags = packet->flags; to->steps |= TRACE_PARSED);
+}
+
 /* Whether the address may be a VIP. False positives cost a look-up. */
 static __always_inline bool maybe_vip(const struct addr *a)
 {

@@ -1,0 +1,260 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * A client's packet on its last step: to a Pod of this node, up the stack, so
+ * that connection tracking and policies see it. An existing flow decides which
+ * Pod; without one, the Pod that was named.
+ */
+#pragma once
+
+#include "flow.h"
+#include "fragment.h"
+#include "icmp.h"
+#include <stddef.h>
+
+/* One's complement sum of the bytes of an address, as 16-bit words. */
+static __always_inline __u32 addr_sum(const struct addr *a)
+{
+	return add_words((const __u16 *)a, sizeof(*a) / 2);
+}
+
+/* `check` for content that changed from one sum to another. */
+static __always_inline __u16 move_sum(__u16 check, __u32 from, __u32 to)
+{
+	return ~fold((__u16)~check + (__u16)~fold(from) + fold(to));
+}
+
+/* What a client's TCP packet tells. Returns false when it cannot be read. */
+static __always_inline bool client_segment(struct xdp_md *ctx, const struct packet *packet,
+					   struct segment *segment)
+{
+	struct tcphdr *tcp = (void *)(long)ctx->data + (packet->l4 & OFFSET_MASK);
+	__u8 flags;
+	__u32 header;
+
+	if ((void *)(tcp + 1) > (void *)(long)ctx->data_end)
+		return false;
+	flags = ((__u8 *)tcp)[13];
+	header = packet->l4 - packet->l3 + tcp->doff * 4;
+	if (tcp->doff < 5 || header > packet->length)
+		return false;
+	segment->seq = bpf_ntohl(tcp->seq);
+	segment->end = segment->seq + packet->length - header + !!(flags & TCP_SYN) +
+		       !!(flags & TCP_FIN);
+	segment->ack = bpf_ntohl(tcp->ack_seq);
+	segment->window = bpf_ntohs(tcp->window);
+	segment->flags = flags;
+	return true;
+}
+
+/* The named Pod, if it is of this node and serves this VIP. */
+static __noinline int admit(const struct flow_key *key, const struct pod_key *target, __u64 hash,
+			    __u32 tcp_flags)
+{
+	struct pod *pod;
+
+	if (!key || !target)
+		return DROP_TUNNEL_POD;
+	pod = bpf_map_lookup_elem(&pods, target);
+	if (!pod)
+		return DROP_TUNNEL_POD;
+	if (!pod_serves(pod, &key->vip, key->vip_port))
+		return DROP_TUNNEL_VIP;
+	if (flow_conflicts(key, target, pod, bpf_ktime_get_coarse_ns()))
+		return DROP_FLOW_CONFLICT;
+	if (config.tracing)
+		return DROP_NONE;
+	return flow_make(key, target, hash, flow_first_state(key->proto, tcp_flags));
+}
+
+/* What the packet tells of the flow that it belongs to. Returns an enum drop. */
+static __noinline int note_client(const struct flow_key *key, const struct segment *segment)
+{
+	struct flow *flow;
+	__u64 now = bpf_ktime_get_coarse_ns();
+
+	if (!key || !segment || config.tracing)
+		return DROP_NONE;
+	flow = flow_find(key, now);
+	if (!flow)
+		return DROP_NONE;
+	flow->seen = now;
+	if (key->proto == IPPROTO_UDP)
+		return DROP_NONE;
+	if (!flow_pending(flow)) {
+		flow_from_client(flow, segment);
+		return DROP_NONE;
+	}
+	/* Only the ACK of exactly this entry's SYN-ACK proves the connection. */
+	if (flow->state == FLOW_HALF_OPEN && flow->fins & FLOW_SYN_ACK &&
+	    (segment->flags & (TCP_SYN | TCP_ACK)) == TCP_ACK && segment->ack == flow->pod_isn + 1)
+		return flow_confirm(key, flow);
+	return DROP_NONE;
+}
+
+/* A SYN, or an answerable packet, of a flow that has ended: it begins anew. */
+static __always_inline bool begins(const struct flow *flow, const struct segment *segment,
+				   __u8 proto)
+{
+	if (!flow)
+		return true;
+	return proto == IPPROTO_TCP && flow_closed(flow) &&
+	       (segment->flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
+}
+
+/* Destination VIP:port becomes Pod:port, with the checksums. */
+static __always_inline bool translate_client(struct xdp_md *ctx, const struct packet *packet,
+					     const struct pod_key *pod)
+{
+	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	void *l3 = data + (packet->l3 & OFFSET_MASK), *l4 = data + (packet->l4 & OFFSET_MASK);
+	__u32 from = addr_sum(&packet->dst), to = addr_sum(&pod->address);
+	__u16 *check;
+
+	if (packet->family == 4) {
+		struct iphdr *ip = l3;
+
+		if ((void *)(ip + 1) > data_end)
+			return false;
+		ip->daddr = pod->address.w[3];
+		ip->check = move_sum(ip->check, from, to);
+	} else {
+		struct ipv6hdr *ip = l3;
+
+		if ((void *)(ip + 1) > data_end)
+			return false;
+		__builtin_memcpy(&ip->daddr, &pod->address, sizeof(ip->daddr));
+	}
+	if (packet->flags & PACKET_LATER_FRAGMENT)
+		return true;
+	from += packet->dst_port;
+	to += pod->port;
+	if (packet->proto == IPPROTO_TCP) {
+		struct tcphdr *tcp = l4;
+
+		if ((void *)(tcp + 1) > data_end)
+			return false;
+		tcp->dest = pod->port;
+		check = &tcp->check;
+	} else {
+		struct udphdr *udp = l4;
+
+		if ((void *)(udp + 1) > data_end)
+			return false;
+		udp->dest = pod->port;
+		check = &udp->check;
+		if (!*check)
+			return true; /* none was sent (RFC 768) */
+	}
+	*check = move_sum(*check, from, to);
+	if (packet->proto == IPPROTO_UDP && !*check)
+		*check = 0xffff;
+	return true;
+}
+
+/*
+ * An ICMP error about a Pod's packet: the quoted source VIP:port becomes
+ * Pod:port, and so does the error's own destination. The quoted transport
+ * checksum is moved where it was quoted, for those who check it.
+ */
+static __noinline bool translate_error(struct xdp_md *ctx, const struct packet *packet,
+				       const struct addr *vip, const struct pod_key *pod)
+{
+	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	__u32 from, to;
+	struct packet quoted;
+	struct icmp *icmp;
+	__be16 type, *port;
+	__u32 l3;
+
+	if (!packet || !vip || !pod || packet->l4 > OFFSET_MASK)
+		return false;
+	type = packet->family == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
+	l3 = (packet->l4 + sizeof(*icmp)) & OFFSET_MASK;
+	if (parse_quoted(data, data_end, l3, type, &quoted))
+		return false;
+	icmp = data + (packet->l4 & OFFSET_MASK);
+	port = data + (quoted.l4 & OFFSET_MASK);
+	if ((void *)(icmp + 1) > data_end || (void *)(port + 1) > data_end)
+		return false;
+	from = addr_sum(vip);
+	to = addr_sum(&pod->address);
+	*port = pod->port;
+	if (packet->family == 4) {
+		struct iphdr *ip = data + (packet->l3 & OFFSET_MASK), *inner = data + l3;
+
+		if ((void *)(ip + 1) > data_end || (void *)(inner + 1) > data_end)
+			return false;
+		ip->daddr = pod->address.w[3];
+		ip->check = move_sum(ip->check, from, to);
+		inner->saddr = pod->address.w[3];
+		inner->check = move_sum(inner->check, from, to);
+		/* The quoted header's sum, with its checksum, has not changed. */
+		icmp->check = move_sum(icmp->check, quoted.src_port, pod->port);
+		return true;
+	}
+	{
+		struct ipv6hdr *ip = data + (packet->l3 & OFFSET_MASK), *inner = data + l3;
+
+		if ((void *)(ip + 1) > data_end || (void *)(inner + 1) > data_end)
+			return false;
+		__builtin_memcpy(&ip->daddr, &pod->address, sizeof(ip->daddr));
+		__builtin_memcpy(&inner->saddr, &pod->address, sizeof(inner->saddr));
+		/* Once in the pseudo-header, once in the quoted header. */
+		icmp->check = move_sum(icmp->check, 2 * from + quoted.src_port, 2 * to + pod->port);
+	}
+	return true;
+}
+
+/*
+ * Delivers a packet, in which the flow stands as the client has it (also when
+ * it is an ICMP error about it). `target` is who was named. Returns an XDP
+ * action.
+ */
+__noinline int deliver(struct xdp_md *ctx, const struct packet *packet,
+			      const struct pod_key *target, __u64 hash)
+{
+	struct segment segment = {};
+	struct pod_key pod;
+	struct flow_key key = {};
+	struct flow *flow;
+	bool error, held;
+	int drop = DROP_NONE;
+
+	if (!packet || !target)
+		return xdp_drop(DROP_MALFORMED);
+	error = packet->flags & PACKET_ICMP_ERROR;
+	key.client = packet->src;
+	key.vip = packet->dst;
+	key.client_port = packet->src_port;
+	key.vip_port = packet->dst_port;
+	key.proto = packet->proto;
+	if (!error && packet->proto == IPPROTO_TCP &&
+	    !(packet->flags & PACKET_LATER_FRAGMENT) && !client_segment(ctx, packet, &segment))
+		return xdp_drop(DROP_MALFORMED);
+	pod = *target;
+	flow = flow_find(&key, bpf_ktime_get_coarse_ns());
+	if (error && (!flow || flow_closed(flow)))
+		return xdp_drop(DROP_ICMP_UNRELATED);
+	if (!error && begins(flow, &segment, packet->proto)) {
+		drop = admit(&key, target, hash, segment.flags);
+		TRACE(flow_state, flow_first_state(packet->proto, segment.flags));
+	} else if (flow) {
+		pod.address = flow->pod;
+		pod.port = flow->pod_port;
+		TRACE(flow_state, flow->state);
+		TRACE_STEP(TRACE_FLOW);
+		if (!error)
+			drop = note_client(&key, &segment);
+	}
+	if (drop)
+		return xdp_drop(drop);
+	TRACE(pod, pod.address);
+	TRACE(pod_port, pod.port);
+	TRACE(verdict, VERDICT_DELIVER);
+	held = same_addr(&pod.address, &packet->dst) && pod.port == packet->dst_port;
+	if (!held && !(error ? translate_error(ctx, packet, &packet->dst, &pod) :
+			       translate_client(ctx, packet, &pod)))
+		return xdp_drop(DROP_MALFORMED);
+	count_event(EVENT_DELIVERED);
+	return XDP_PASS;
+}
