@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package plan
+
+import (
+	"fmt"
+	"strings"
+
+	"fairlead.dev/fairlead/internal/lb"
+)
+
+// Format writes a plan as text, one thing a line, for people and for diffs.
+func Format(p lb.Plan) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "node %s", p.Node)
+	if p.LoadBalancer {
+		b.WriteString(" load-balancer")
+	}
+	if p.Backend {
+		b.WriteString(" backend")
+	}
+	fmt.Fprintf(&b, " tunnel %v ipip-sources %v\n", p.TunnelAddresses, p.IPIPSources)
+	for _, f := range p.Frontends {
+		fmt.Fprintf(&b, "frontend %s service %s port %q slots %d", f.ID, f.Service, f.PortName, f.TableSize)
+		if f.Independent {
+			b.WriteString(" independent")
+		}
+		b.WriteString("\n")
+		for _, backend := range f.Backends {
+			fmt.Fprintf(&b, "  backend %s %s %s", backend.ID.Target, strings.ToLower(string(backend.ID.Mode)), backend.State)
+			if backend.ID.Tunnel.IsValid() {
+				fmt.Fprintf(&b, " tunnel %s", backend.ID.Tunnel)
+			}
+			fmt.Fprintf(&b, " node %q weight %d\n", backend.Node, backend.Weight)
+		}
+	}
+	for _, pod := range p.Pods {
+		fmt.Fprintf(&b, "pod %s/%s serves %v\n", pod.Target, pod.Protocol, pod.Serves)
+	}
+	for _, n := range p.LBNodes {
+		fmt.Fprintf(&b, "lb-node %s %s\n", n.Prefix, n.Node)
+	}
+	return b.String()
+}

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package plan computes exactly what one node must forward from all that is
+// known. It is pure: the same snapshot gives the same plan.
+package plan
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	"fairlead.dev/fairlead/internal/lb"
+	"fairlead.dev/fairlead/internal/maglev"
+)
+
+// The kinds of findings that only show when a plan is made.
+var (
+	UnknownNode = &lb.Rule{Code: "FL0401", Severity: lb.Error, Title: "this node is not described",
+		Remedy: "add a Node of this name, or start the agent with --node and the right one"}
+	Unreachable = &lb.Rule{Code: "FL0402", Severity: lb.Warning, Title: "an endpoint cannot be reached in the service's mode",
+		Remedy: "describe its node (roles, tunnelAddresses, podSubnets), or choose another mode in a ServicePolicy; until then the endpoint gets nothing"}
+	TooManyServed = &lb.Rule{Code: "FL0403", Severity: lb.Warning, Title: "one port of a Pod serves more VIPs and ports than a node can tell apart",
+		Remedy: "give the Pod another port for some of the Services; until then it serves the first 8 alone"}
+)
+
+// Rules are all kinds of findings of this package.
+var Rules = []*lb.Rule{UnknownNode, Unreachable, TooManyServed}
+
+// servesMax is POD_SERVES_MAX of bpf/fairlead.h.
+const servesMax = 8
+
+// ForNode returns the plan of one node. Findings of severity Error mean that
+// there is none.
+func ForNode(s lb.Snapshot, node string) (lb.Plan, []lb.Finding) {
+	p := planner{locate: lb.NewLocator(s.Nodes)}
+	self := p.locate.Named(node)
+	if self == nil {
+		return lb.Plan{}, []lb.Finding{UnknownNode.At("Node "+node, "metadata.name", "no Node of this name is described")}
+	}
+	p.self = self
+	plan := lb.Plan{Node: node, LoadBalancer: self.LoadBalancer, Backend: self.Backend,
+		TunnelAddresses: self.TunnelAddresses, IPIPSources: self.IPIPSources}
+	for i := range s.Services {
+		p.service(&plan, &s.Services[i])
+	}
+	slices.SortFunc(plan.Frontends, func(a, b lb.Frontend) int { return compareFrontends(a.ID, b.ID) })
+	if self.Backend {
+		plan.Pods = p.pods(s.Services)
+		plan.LBNodes = lbNodes(s.Nodes)
+	}
+	return plan, p.findings
+}
+
+type planner struct {
+	self     *lb.Node
+	locate   *lb.Locator
+	findings []lb.Finding
+}
+
+func compareFrontends(a, b lb.FrontendID) int {
+	return cmp.Or(a.VIP.Compare(b.VIP), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol))
+}
+
+func (p *planner) service(plan *lb.Plan, s *lb.Service) {
+	if !p.self.LoadBalancer {
+		return
+	}
+	for _, vip := range s.VIPs {
+		for _, port := range s.Ports {
+			plan.Frontends = append(plan.Frontends, p.frontend(s, vip, port))
+		}
+	}
+}
+
+// candidate is an endpoint at the number that a service's port has there.
+type candidate struct {
+	target   netip.AddrPort
+	endpoint *lb.Endpoint
+	rank     rank
+}
+
+// rank orders what an endpoint may be given, as KEP-1669 does.
+type rank int
+
+const (
+	never      rank = iota // neither ready nor serving
+	lastResort             // terminating, but still serving: only if none is ready
+	usableAlways
+)
+
+func rankOf(s *lb.Service, e *lb.Endpoint) rank {
+	switch {
+	case e.Ready || s.PublishNotReady:
+		return usableAlways
+	case e.Serving && e.Terminating:
+		return lastResort
+	}
+	return never
+}
+
+// candidates are the endpoints of a VIP's family that have the port, each
+// address and port once: the readiest of several.
+func candidates(s *lb.Service, vip netip.Addr, port lb.ServicePort) []candidate {
+	var all []candidate
+	for i := range s.Endpoints {
+		e := &s.Endpoints[i]
+		number, ok := e.Ports[lb.PortKey{Name: port.Name, Protocol: port.Protocol}]
+		if !ok || e.Address.Is4() != vip.Is4() {
+			continue
+		}
+		all = append(all, candidate{netip.AddrPortFrom(e.Address, number), e, rankOf(s, e)})
+	}
+	slices.SortStableFunc(all, func(a, b candidate) int {
+		return cmp.Or(a.target.Compare(b.target), cmp.Compare(b.rank, a.rank))
+	})
+	return slices.CompactFunc(all, func(a, b candidate) bool { return a.target == b.target })
+}
+
+// frontend chooses who takes new flows: the ready endpoints, and only if there
+// is none, those that are terminating but still serve.
+func (p *planner) frontend(s *lb.Service, vip netip.Addr, port lb.ServicePort) lb.Frontend {
+	f := lb.Frontend{ID: lb.FrontendID{VIP: vip, Port: port.Port, Protocol: port.Protocol}, Service: s.ID, PortName: port.Name,
+		Independent: s.Policy.Independent && port.Protocol == lb.UDP}
+	all := candidates(s, vip, port)
+	anyReady := slices.ContainsFunc(all, func(c candidate) bool { return c.rank == usableAlways })
+	for _, c := range all {
+		if c.rank == never {
+			continue
+		}
+		state := lb.Active
+		if c.rank == lastResort && anyReady {
+			state = lb.Draining
+		}
+		id, problem := p.reach(s, vip, port, c)
+		if problem != "" {
+			p.findings = append(p.findings, Unreachable.At("Service "+s.ID.String(), "endpoints", "%s %s", c.target, problem))
+			continue
+		}
+		backend := lb.Backend{ID: id, Weight: c.endpoint.Weight, State: state}
+		if node := p.locate.Node(c.endpoint); node != nil {
+			backend.Node = node.Name
+		}
+		f.Backends = append(f.Backends, backend)
+	}
+	if len(f.Backends) > 0 {
+		f.TableSize = s.Policy.TableSize
+		if f.TableSize == 0 {
+			f.TableSize = maglev.Size(len(f.Backends))
+		}
+	}
+	return f
+}
+
+// reach says how this node's packets come to an endpoint.
+func (p *planner) reach(s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) (lb.BackendID, string) {
+	id := lb.BackendID{Target: c.target, UID: c.endpoint.UID, Mode: s.Policy.Mode}
+	if p.locate.Node(c.endpoint) == p.self && p.self.Backend {
+		id.Mode, id.Local = lb.ModeLocal, c.target
+		if s.Policy.Mode == lb.ModeIPIP {
+			id.Local = netip.AddrPortFrom(vip, port.Port)
+		}
+		return id, ""
+	}
+	tunnels, problem := p.locate.Reach(c.endpoint, s.Policy.Mode, vip)
+	if problem != "" {
+		return id, problem
+	}
+	for _, tunnel := range tunnels {
+		// The outer source must be of the same family.
+		if own := p.self.Tunnel(tunnel); own.IsValid() && own.Is4() == tunnel.Is4() {
+			id.Tunnel = tunnel
+			return id, ""
+		}
+	}
+	return id, "has no tunnel address of a family that node " + p.self.Name + " has one of"
+}
+
+type podKey struct {
+	target netip.AddrPort
+	proto  lb.Protocol
+}
+
+// pods are this node's targets, whatever their condition: flows that they have
+// are answered until the endpoint is gone.
+func (p *planner) pods(services []lb.Service) []lb.Pod {
+	found := map[podKey]*lb.Pod{}
+	for i := range services {
+		s := &services[i]
+		for _, vip := range s.VIPs {
+			for _, port := range s.Ports {
+				for _, c := range candidates(s, vip, port) {
+					if p.locate.Node(c.endpoint) == p.self {
+						p.serve(found, s, vip, port, c.target)
+					}
+				}
+			}
+		}
+	}
+	pods := make([]lb.Pod, 0, len(found))
+	for _, pod := range found {
+		slices.SortFunc(pod.Serves, netip.AddrPort.Compare)
+		if len(pod.Serves) > servesMax {
+			p.findings = append(p.findings, TooManyServed.At("Service "+pod.Service.String(), "endpoints",
+				"%s serves %d VIPs and ports", pod.Target, len(pod.Serves)))
+			pod.Serves = pod.Serves[:servesMax]
+		}
+		pods = append(pods, *pod)
+	}
+	slices.SortFunc(pods, func(a, b lb.Pod) int {
+		return cmp.Or(a.Target.Compare(b.Target), cmp.Compare(a.Protocol, b.Protocol))
+	})
+	return pods
+}
+
+func (p *planner) serve(found map[podKey]*lb.Pod, s *lb.Service, vip netip.Addr, port lb.ServicePort, target netip.AddrPort) {
+	front := netip.AddrPortFrom(vip, port.Port)
+	if s.Policy.Mode == lb.ModeIPIP {
+		target = front // the server holds the VIP itself
+	}
+	key := podKey{target, port.Protocol}
+	pod := found[key]
+	if pod == nil {
+		pod = &lb.Pod{Target: target, Protocol: port.Protocol, Service: s.ID}
+		found[key] = pod
+	}
+	if !slices.Contains(pod.Serves, front) {
+		pod.Serves = append(pod.Serves, front)
+	}
+}
+
+// lbNodes are the sources that tunnels may come from.
+func lbNodes(nodes []lb.Node) []lb.LBNode {
+	var found []lb.LBNode
+	for _, n := range nodes {
+		if !n.LoadBalancer {
+			continue
+		}
+		for _, addr := range n.TunnelAddresses {
+			found = append(found, lb.LBNode{Prefix: netip.PrefixFrom(addr, addr.BitLen()), Node: n.Name})
+		}
+		for _, prefix := range n.IPIPSources {
+			found = append(found, lb.LBNode{Prefix: prefix.Masked(), Node: n.Name})
+		}
+	}
+	slices.SortFunc(found, func(a, b lb.LBNode) int {
+		return cmp.Or(a.Prefix.Addr().Compare(b.Prefix.Addr()), cmp.Compare(a.Prefix.Bits(), b.Prefix.Bits()), cmp.Compare(a.Node, b.Node))
+	})
+	return found
+}
