@@ -16,5 +16,5 @@ const (
 	AddressesAnnotation = Group + "/addresses"
 	// LoadBalancerClass is the spec.loadBalancerClass that means Fairlead. A
 	// Service without a class is Fairlead's too.
-	LoadBalancerClass = Group + "/fairlead"
+	LoadBalancerClass = Group + "/lb"
 )
