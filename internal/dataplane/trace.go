@@ -15,8 +15,9 @@ type Trace struct {
 	Protocol               uint8
 	Family                 uint8 // 4, 6, or 0: not IP
 	Flags                  []string
-	Tunnel                 string // "geneve" or "ipip" when it came in one
-	Service, Slot, Backend uint32 // numbers in the maps
+	Tunnel                 string         // "geneve" or "ipip" when it came in one
+	Target                 netip.AddrPort // of the backend, as in its row
+	Service, Slot, Backend uint32         // numbers in the maps
 	Hash                   uint64
 	NextHop, Interface     uint32
 	Verdict                string // "pass", "forward", "deliver", "answer", "reply", "drop"
@@ -66,7 +67,12 @@ func (d *Dataplane) Trace(frame []byte, ifindex int) (Trace, error) {
 	if err := tracing.Traces.Lookup(uint32(0), &raw); err != nil {
 		return Trace{}, fmt.Errorf("read the trace: %w", err)
 	}
-	return decodeTrace(raw, action, options.DataOut), nil
+	t := decodeTrace(raw, action, options.DataOut)
+	if t.Backend != 0 && int(t.Backend) < len(d.maps.backends) {
+		row := d.maps.backends[t.Backend]
+		t.Target = netip.AddrPortFrom(addrOf(row.Address), swap16(row.Port))
+	}
+	return t, nil
 }
 
 func decodeTrace(raw bpfTrace, action uint32, out []byte) Trace {

@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package agent is the daemon of LB nodes and backends' nodes: it keeps the
+// dataplane what the objects say.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"fairlead.dev/fairlead/internal/dataplane"
+	"fairlead.dev/fairlead/internal/file"
+	"fairlead.dev/fairlead/internal/lb"
+	"fairlead.dev/fairlead/internal/plan"
+	"fairlead.dev/fairlead/internal/route"
+	"fairlead.dev/fairlead/internal/run"
+)
+
+const (
+	resync     = 30 * time.Second // maps are read back, and repaired
+	backoff    = 200 * time.Millisecond
+	maxBackoff = 10 * time.Second
+	spacing    = 2 * time.Millisecond
+)
+
+// Agent is one node's. All work is done by its one loop.
+type Agent struct {
+	config  Config
+	version string
+	log     *slog.Logger
+	started time.Time
+	trigger *run.Trigger
+
+	mu          sync.Mutex // of what follows, which the APIs read
+	dataplane   *dataplane.Dataplane
+	routes      *route.Table
+	plan        lb.Plan // the last good one
+	findings    []lb.Finding
+	unresolved  []string
+	problem     error // why the maps may not hold the plan
+	programmed  time.Time
+	changed     time.Time
+	logged      map[string]bool
+	filesChange bool
+}
+
+// New returns an agent that has done nothing yet.
+func New(config Config, version string, log *slog.Logger) *Agent {
+	return &Agent{config: config, version: version, log: log, started: time.Now(), trigger: run.NewTrigger(),
+		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true}
+}
+
+// Reload makes the agent read its objects again.
+func (a *Agent) Reload() {
+	a.mu.Lock()
+	a.filesChange = true
+	a.mu.Unlock()
+	a.trigger.Fire()
+}
+
+// Run works until ctx ends, and reads its objects again at each signal of
+// reload. Then it lets go: the programs go on forwarding.
+func (a *Agent) Run(ctx context.Context, reload <-chan os.Signal) error {
+	routes, err := route.New(a.config.Interfaces)
+	if err != nil {
+		return err
+	}
+	defer routes.Close()
+	a.routes = routes
+	defer a.close()
+	servers, err := a.servers()
+	if err != nil {
+		return err
+	}
+	loop := run.Loop{Trigger: a.trigger, Spacing: spacing, Resync: resync, Backoff: backoff, MaxBackoff: maxBackoff, Work: a.work}
+	tasks := append([]run.Task{
+		{Name: "agent", Run: loop.Run},
+		{Name: "files", Run: func(ctx context.Context) error { return file.Watch(ctx, a.config.Sources, a.Reload) }},
+		{Name: "routes", Run: a.watchRoutes},
+		{Name: "signals", Run: func(ctx context.Context) error { return a.watchSignals(ctx, reload) }},
+	}, servers...)
+	a.log.Info("started", "node", a.config.Node, "version", a.version)
+	err = run.All(ctx, tasks...)
+	a.log.Info("stopped; the programs stay attached and go on forwarding")
+	return err
+}
+
+func (a *Agent) watchSignals(ctx context.Context, reload <-chan os.Signal) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-reload:
+			a.Reload()
+		}
+	}
+}
+
+// watchRoutes begins anew whenever events were lost.
+func (a *Agent) watchRoutes(ctx context.Context) error {
+	for ctx.Err() == nil {
+		if err := a.routes.Watch(ctx, a.trigger.Fire); err != nil {
+			a.log.Warn("watching routes: starting again", "error", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(backoff):
+			}
+		}
+	}
+	return nil
+}
+
+func (a *Agent) close() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.dataplane != nil {
+		if err := a.dataplane.Close(); err != nil {
+			a.log.Error("close the dataplane", "error", err)
+		}
+	}
+}
+
+// work is one turn: read if files changed, plan, resolve, set, read back.
+func (a *Agent) work(ctx context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	err := a.turn(ctx)
+	if err != nil && ctx.Err() == nil {
+		a.problem = err
+		a.logOnce(slog.LevelError, err.Error())
+	}
+	return err
+}
+
+func (a *Agent) turn(ctx context.Context) error {
+	if a.filesChange {
+		if err := a.read(); err != nil {
+			return err
+		}
+	}
+	if a.dataplane == nil {
+		return errors.New("no good configuration yet; see the findings")
+	}
+	want, err := a.desired()
+	if err != nil {
+		return err
+	}
+	before := a.programmed
+	if err := a.dataplane.Set(ctx, want); err != nil {
+		return err
+	}
+	if err := a.dataplane.Verify(want); err != nil {
+		a.log.Warn("the maps differ from the plan though it was set: writing all of it again", "difference", err)
+		a.dataplane.Doubt()
+		if err := errors.Join(a.dataplane.Set(ctx, want), a.dataplane.Verify(want)); err != nil {
+			return err
+		}
+	}
+	a.problem, a.programmed = nil, time.Now()
+	if before.IsZero() {
+		a.log.Info("forwarding", "frontends", len(want.Plan.Frontends), "pods", len(want.Plan.Pods))
+	}
+	return nil
+}
+
+// read takes the objects in. Any error among the findings leaves the last good
+// plan in force.
+func (a *Agent) read() error {
+	snapshot, findings := file.Load(a.config.Sources)
+	var next lb.Plan
+	if !file.Failed(findings) {
+		var more []lb.Finding
+		next, more = plan.ForNode(snapshot, a.config.Node)
+		findings = append(findings, more...)
+	}
+	a.findings, a.filesChange = findings, false
+	for _, f := range findings {
+		level := slog.LevelWarn
+		if f.Severity == lb.Error {
+			level = slog.LevelError
+		}
+		a.logOnce(level, f.Error())
+	}
+	if file.Failed(findings) {
+		if a.dataplane == nil {
+			return errors.New("the configuration has errors, and there is no earlier one")
+		}
+		a.log.Warn("the configuration has errors: the last good one stays in force")
+		return nil
+	}
+	if a.dataplane == nil {
+		if err := a.open(snapshot); err != nil {
+			a.filesChange = true
+			return err
+		}
+	}
+	if !reflect.DeepEqual(next, a.plan) {
+		a.plan, a.changed = next, time.Now()
+		a.log.Info("plan", "frontends", len(next.Frontends), "pods", len(next.Pods))
+		clear(a.logged)
+	}
+	return nil
+}
+
+func (a *Agent) open(snapshot lb.Snapshot) error {
+	secret, tag, err := keys(a.config, snapshot)
+	if err != nil {
+		return err
+	}
+	c := a.config
+	a.dataplane, err = dataplane.Open(dataplane.Config{Interfaces: c.Interfaces, PinDir: c.PinDir, Secret: secret, Tag: tag,
+		VNI: c.Geneve.VNI, GenevePort: c.Geneve.Port, Limits: c.limits(), Generic: c.GenericXDP, Log: a.log,
+		Timeouts: lb.Timeouts{TCP: c.Timeouts.TCP, UDP: c.Timeouts.UDP, Closing: c.Timeouts.Closing}})
+	return err
+}
+
+// desired adds to the plan what the kernel's tables say of the way.
+func (a *Agent) desired() (dataplane.Desired, error) {
+	want := dataplane.Desired{Plan: a.plan, NextHops: map[netip.Addr]lb.NextHop{}}
+	a.unresolved = nil
+	tried := map[netip.Addr]bool{}
+	for _, f := range a.plan.Frontends {
+		for _, b := range f.Backends {
+			if tried[b.ID.Tunnel] || !b.ID.Tunnel.IsValid() {
+				continue
+			}
+			tried[b.ID.Tunnel] = true
+			hop, err := a.routes.Resolve(b.ID.Tunnel)
+			if err != nil {
+				a.unresolved = append(a.unresolved, err.Error())
+				continue
+			}
+			want.NextHops[b.ID.Tunnel] = hop
+		}
+	}
+	slices.Sort(a.unresolved)
+	seen := map[int]bool{}
+	for _, pod := range a.plan.Pods {
+		if slices.Contains(pod.Serves, pod.Target) {
+			continue // the server holds the VIP
+		}
+		index, err := a.routes.PodInterface(pod.Target.Addr())
+		if err != nil {
+			a.logOnce(slog.LevelWarn, fmt.Sprintf("Pod %s: %v", pod.Target, err))
+			continue
+		}
+		if !seen[index] {
+			seen[index] = true
+			want.PodInterfaces = append(want.PodInterfaces, index)
+		}
+	}
+	var err error
+	want.MTU, err = leastMTU(a.config.Interfaces)
+	return want, err
+}
+
+func leastMTU(interfaces []string) (int, error) {
+	least := 0
+	for _, name := range interfaces {
+		device, err := netlink.LinkByName(name)
+		if err != nil {
+			return 0, fmt.Errorf("interfaces: %s: %w; name devices that exist", name, err)
+		}
+		if size := device.Attrs().MTU; least == 0 || size < least {
+			least = size
+		}
+	}
+	return least, nil
+}
+
+// logOnce logs what repeats itself once, until the plan changes.
+func (a *Agent) logOnce(level slog.Level, message string) {
+	if !a.logged[message] {
+		a.logged[message] = true
+		a.log.Log(context.Background(), level, message)
+	}
+}
