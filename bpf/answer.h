@@ -149,6 +149,8 @@ static __noinline int note_answer(struct __sk_buff *skb, struct answer *answer)
 	if (!flow)
 		return DROP_NONE;
 	flow->seen = bpf_ktime_get_coarse_ns();
+	if (!flow_pending(flow) && !(flow->fins & FLOW_ARMED))
+		flow_arm(&answer->key);
 	if (answer->key.proto == IPPROTO_UDP)
 		return flow_pending(flow) ? flow_confirm(&answer->key, flow) : DROP_NONE;
 	if (!read_segment(skb, answer, &segment))

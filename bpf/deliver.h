@@ -78,6 +78,8 @@ static __noinline int note_client(const struct flow_key *key, const struct segme
 	if (!flow)
 		return DROP_NONE;
 	flow->seen = now;
+	if (!flow_pending(flow) && !(flow->fins & FLOW_ARMED))
+		flow_arm(key);
 	if (key->proto == IPPROTO_UDP)
 		return DROP_NONE;
 	if (!flow_pending(flow)) {

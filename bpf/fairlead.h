@@ -197,6 +197,7 @@ enum flow_fin {
 	FLOW_SYN_ACK = 1 << 2, /* pod_isn is known */
 	FLOW_FIN_POD_ACKED = 1 << 3, /* by the client */
 	FLOW_CLOSED = 1 << 4, /* both FINs acknowledged, or reset: a SYN starts anew */
+	FLOW_ARMED = 1 << 5,  /* the timer runs */
 };
 
 /* lb_nodes (LPM trie): outer sources that are LB nodes, or their declared

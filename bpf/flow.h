@@ -156,16 +156,20 @@ static __noinline int flow_make(const struct flow_key *key, const struct pod_key
 	return DROP_NONE;
 }
 
-/* Starts the timer of a new entry; one without would never leave. */
-static __always_inline int flow_arm(const struct flow_key *key, struct flow *flow)
+/* Starts the timer of a confirmed entry. Some kernels have no memory for it at
+ * times: then a later packet of the flow tries again, and what never got one
+ * is removed by the agent. */
+static __noinline void flow_arm(const struct flow_key *key)
 {
-	if (bpf_timer_init(&flow->timer, &flows, CLOCK_MONOTONIC) ||
-	    bpf_timer_set_callback(&flow->timer, flow_expire)) {
-		bpf_map_delete_elem(&flows, key);
-		return DROP_FLOWS_FULL;
-	}
+	struct flow *flow = bpf_map_lookup_elem(&flows, key);
+
+	if (!flow || flow->fins & FLOW_ARMED ||
+	    bpf_timer_init(&flow->timer, &flows, CLOCK_MONOTONIC))
+		return;
+	if (bpf_timer_set_callback(&flow->timer, flow_expire))
+		return;
+	flow->fins |= FLOW_ARMED;
 	bpf_timer_start(&flow->timer, flow_idle(key, flow), 0);
-	return DROP_NONE;
 }
 
 /* Moves an entry from `pending` to `flows`. Until `state` is there, which comes
@@ -196,8 +200,7 @@ static __noinline int flow_confirm(const struct flow_key *key, const struct flow
 	flow->pod_window = from->pod_window;
 	barrier();
 	flow->state = FLOW_ESTABLISHED;
-	if (flow_arm(key, flow) != DROP_NONE)
-		return DROP_FLOWS_FULL;
+	flow_arm(key);
 	bpf_map_delete_elem(&pending, key);
 	count_event(EVENT_FLOW_CONFIRMED);
 	return DROP_NONE;

@@ -50,6 +50,7 @@ type Agent struct {
 	problem     error // why the maps may not hold the plan
 	programmed  time.Time
 	changed     time.Time
+	swept       time.Time
 	logged      map[string]bool
 	filesChange bool
 }
@@ -167,6 +168,12 @@ func (a *Agent) turn(ctx context.Context) error {
 		}
 	}
 	a.problem, a.programmed = nil, time.Now()
+	if want.Plan.Backend && time.Since(a.swept) >= resync {
+		a.swept = time.Now()
+		if _, err := a.dataplane.Sweep(); err != nil {
+			a.logOnce(slog.LevelWarn, err.Error())
+		}
+	}
 	if before.IsZero() {
 		a.log.Info("forwarding", "frontends", len(want.Plan.Frontends), "pods", len(want.Plan.Pods))
 	}

@@ -167,6 +167,7 @@ const (
 	bpfFlowFinFLOW_SYN_ACK       bpfFlowFin = 4
 	bpfFlowFinFLOW_FIN_POD_ACKED bpfFlowFin = 8
 	bpfFlowFinFLOW_CLOSED        bpfFlowFin = 16
+	bpfFlowFinFLOW_ARMED         bpfFlowFin = 32
 )
 
 type bpfFlowKey struct {

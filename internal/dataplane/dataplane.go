@@ -78,6 +78,7 @@ type Dataplane struct {
 	receiver *receiver
 	constant bpfConfig // that the attached programs were loaded with
 	hooks    *hooks
+	flows    int // when they were last counted
 }
 
 // Open checks what can be checked before there is a plan. It loads nothing.

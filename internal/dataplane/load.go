@@ -108,7 +108,7 @@ func (o *objects) loadWith(constant bpfConfig, reuse map[string]*ebpf.Map) error
 	var refused *ebpf.VerifierError
 	switch {
 	case errors.As(err, &refused):
-		return fmt.Errorf("load the BPF programs: the kernel refuses them, run `fairlead check` to see what it lacks: %+v", refused)
+		return fmt.Errorf("load the BPF programs: the kernel refuses them, run `fairlead check` to see what it lacks: %w", refused)
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("load the BPF programs: %w; run as root, or with CAP_BPF and CAP_NET_ADMIN", err)
 	case err != nil:

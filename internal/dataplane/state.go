@@ -57,7 +57,8 @@ type BackendState struct {
 	Counter        // over all frontends
 }
 
-// Capacity is how full a map is. Used is -1 where counting would cost too much.
+// Capacity is how full a map is. Used is -1 where counting would cost too much;
+// that of flows is what the last Sweep found.
 type Capacity struct {
 	Map  string
 	Used int
@@ -224,7 +225,7 @@ func (d *Dataplane) capacity() []Capacity {
 		{"next_hops", int(b.hopNumbers.used), int(b.hopNumbers.size) - 1},
 		{"pods", len(d.receiver.pods), limits.Pods},
 		{"lb_nodes", len(d.receiver.lbNodes), limits.LBNodes},
-		{"flows", -1, limits.Flows},
+		{"flows", d.flows, limits.Flows},
 		{"pending", -1, limits.Pending},
 		{"fragments", -1, limits.Fragments},
 	}

@@ -101,13 +101,11 @@ func (b *Builder) start(backends []Backend, log2 int) (total uint64, heaviest ui
 		if backend.Weight == 0 {
 			continue
 		}
-		h1 := mix(binary.LittleEndian.Uint64(backend.Key[:8]) + 0x9e3779b97f4a7c15)
-		h1 = mix(h1 ^ binary.LittleEndian.Uint64(backend.Key[8:]))
-		h2 := mix(h1 + 0x9e3779b97f4a7c15)
+		offset, skip, order := hash(backend.Key)
 		b.walks = append(b.walks, walk{
-			order:  mix(h2 + 0x9e3779b97f4a7c15),
-			next:   uint32(h1 >> 32 >> (32 - log2)),
-			skip:   uint32(h2>>32>>(32-log2)) | 1,
+			order:  order,
+			next:   uint32(offset >> (64 - log2)),
+			skip:   uint32(skip>>(64-log2)) | 1,
 			index:  uint32(i),
 			weight: backend.Weight,
 		})
@@ -116,6 +114,16 @@ func (b *Builder) start(backends []Backend, log2 int) (total uint64, heaviest ui
 	}
 	b.sort()
 	return total, heaviest
+}
+
+// hash returns three numbers that a key fixes: where its permutation starts,
+// how far it skips, and when its turn is. Of the first two, the top bits count.
+func hash(k Key) (offset, skip, order uint64) {
+	const golden = 0x9e3779b97f4a7c15
+	offset = mix(binary.LittleEndian.Uint64(k[:8]) + golden)
+	offset = mix(offset ^ binary.LittleEndian.Uint64(k[8:]))
+	skip = mix(offset + golden)
+	return offset, skip, mix(skip + golden)
 }
 
 // mix is the finalizer of SplitMix64 (Steele et al., 2014): a bijection.

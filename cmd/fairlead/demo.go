@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"fairlead.dev/fairlead/internal/demo"
+)
+
+func demoCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "demo [first-light]",
+		Short: "Watch Fairlead work in a throwaway network",
+		Long: `Watch Fairlead work in a throwaway network of namespaces: a client, a router that
+spreads packets by ECMP, 3 LB nodes and 4 workers with 2 Pods each run on this
+machine, with real agents and real traffic. Every claim is checked; the exit code
+is not 0 when one does not hold. Nothing outside the namespaces is touched.`,
+		Args:      args(cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs)),
+		ValidArgs: []string{"first-light"},
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := needRoot("the demo"); err != nil {
+				return err
+			}
+			binary, err := os.Executable()
+			if err != nil {
+				return fmt.Errorf("find this program: %w", err)
+			}
+			ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+			defer stop()
+			d := demo.Demo{Out: c.OutOrStdout(), Binary: binary,
+				Live: term.IsTerminal(int(os.Stdout.Fd())) && os.Getenv("NO_COLOR") == ""}
+			return d.FirstLight(ctx)
+		},
+	}
+}
