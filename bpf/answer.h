@@ -198,10 +198,13 @@ static __always_inline int clamp_mss(struct __sk_buff *skb, const struct answer 
 {
 	__u16 most = answer->packet.family == 4 ? config.mss4 : config.mss6;
 	__be16 old = bpf_htons(answer->mss), fresh = bpf_htons(most);
+	/* Behind an odd number of NOPs the value lies across two 16-bit words. */
+	bool odd = (answer->mss_at - answer->packet.l4) & 1;
 
 	if (!answer->mss_at || !most || answer->mss <= most)
 		return 0;
-	if (bpf_l4_csum_replace(skb, check_offset(&answer->packet), old, fresh, 2) ||
+	if (bpf_l4_csum_replace(skb, check_offset(&answer->packet), odd ? answer->mss : old,
+				odd ? most : fresh, 2) ||
 	    bpf_skb_store_bytes(skb, answer->mss_at, &fresh, sizeof(fresh), 0))
 		return -1;
 	count_event(EVENT_MSS_CLAMPED);
