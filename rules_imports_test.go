@@ -27,12 +27,11 @@ var mayImport = map[string][]string{
 	"internal/flowhash": {},
 	"internal/slots":    {"internal/lb", "internal/maglev"},
 	"internal/model":    {"internal/lb", "internal/slots", "internal/flowhash"},
-	"internal/snapshot": slices.Concat(kubernetes, []string{"internal/lb"}),
 	"internal/plan":     {"internal/lb", "internal/maglev"},
 	"api":               {"k8s.io/", "sigs.k8s.io/yaml"},
 
 	// Edges: never each other.
-	"internal/file":      slices.Concat(kubernetes, []string{"internal/lb", "internal/snapshot", "go.yaml.in/yaml/v3", "github.com/fsnotify/fsnotify"}),
+	"internal/file":      slices.Concat(kubernetes, []string{"internal/lb", "go.yaml.in/yaml/v3", "github.com/fsnotify/fsnotify"}),
 	"internal/route":     slices.Concat(netlink, []string{"internal/lb"}),
 	"internal/dataplane": slices.Concat(netlink, []string{"internal/lb", "internal/maglev", "internal/slots", "internal/flowhash", "github.com/cilium/ebpf"}),
 	"internal/status":    {"internal/lb", "github.com/prometheus/client_golang"},
@@ -41,12 +40,12 @@ var mayImport = map[string][]string{
 	"internal/run": {},
 	"internal/agent": {
 		"internal/lb", "internal/plan", "internal/file", "internal/route", "internal/dataplane", "internal/status", "internal/run",
-		"internal/flowhash", "internal/snapshot", "go.yaml.in/yaml/v3", "github.com/prometheus/client_golang", "golang.org/x/sys/",
+		"internal/flowhash", "go.yaml.in/yaml/v3", "github.com/prometheus/client_golang", "github.com/vishvananda/netlink",
 	},
 
 	// For tests and the demo.
 	"internal/need":    {},
-	"internal/testnet": slices.Concat(netlink, []string{"internal/lb", "github.com/cilium/ebpf"}),
+	"internal/testnet": slices.Concat(netlink, []string{"internal/lb", "internal/flowhash", "internal/status", "github.com/cilium/ebpf"}),
 	"internal/demo":    {"internal/testnet", "internal/lb", "internal/status", "golang.org/x/term", "golang.org/x/sys/"},
 }
 
