@@ -12,7 +12,7 @@
 #include <linux/pkt_cls.h>
 #include <stddef.h>
 
-#define HEADERS_MAX 256 /* bytes that must lie in the linear part */
+#define HEADERS_MAX 256	   /* bytes that must lie in the linear part */
 #define TCP_OPTIONS_MAX 20 /* options walked; there is room for 40 bytes */
 #define TCP_OPTION_END 0
 #define TCP_OPTION_NOP 1
@@ -165,8 +165,8 @@ static __noinline int note_answer(struct __sk_buff *skb, struct answer *answer)
 
 static __always_inline __u32 check_offset(const struct packet *packet)
 {
-	return packet->l4 + (packet->proto == IPPROTO_TCP ? offsetof(struct tcphdr, check) :
-							    offsetof(struct udphdr, check));
+	return packet->l4 + (packet->proto == IPPROTO_TCP ? offsetof(struct tcphdr, check)
+							  : offsetof(struct udphdr, check));
 }
 
 /* Puts `to` in place of the source address; check_at is the offset of the
@@ -190,8 +190,8 @@ static __always_inline int set_source(struct __sk_buff *skb, const struct packet
 	sum = bpf_csum_diff((__be32 *)&packet->src, sizeof(*to), (__be32 *)to, sizeof(*to), 0);
 	if (check_at && bpf_l4_csum_replace(skb, check_at, 0, sum, flags | BPF_F_PSEUDO_HDR))
 		return -1;
-	return bpf_skb_store_bytes(skb, packet->l3 + offsetof(struct ipv6hdr, saddr), to, sizeof(*to),
-				   0);
+	return bpf_skb_store_bytes(skb, packet->l3 + offsetof(struct ipv6hdr, saddr), to,
+				   sizeof(*to), 0);
 }
 
 static __always_inline int clamp_mss(struct __sk_buff *skb, const struct answer *answer)
@@ -285,8 +285,8 @@ static __noinline int translate_quoted(struct __sk_buff *skb, struct answer *ans
 	}
 	sum = bpf_csum_diff((__be32 *)&quoted->dst, sizeof(*vip), (__be32 *)vip, sizeof(*vip), 0);
 	if (bpf_l4_csum_replace(skb, check_at, 0, sum, 0) ||
-	    bpf_skb_store_bytes(skb, quoted->l3 + offsetof(struct ipv6hdr, daddr), vip, sizeof(*vip),
-				0))
+	    bpf_skb_store_bytes(skb, quoted->l3 + offsetof(struct ipv6hdr, daddr), vip,
+				sizeof(*vip), 0))
 		return -1;
 	return set_source(skb, &answer->packet, vip, check_at, 0);
 }

@@ -21,7 +21,7 @@ struct {
 } target SEC(".maps");
 
 volatile const __u8 frame[FRAME_MAX];
-volatile const __u32 frame_length; /* a multiple of 8 */
+volatile const __u32 frame_length;  /* a multiple of 8 */
 volatile const __u32 client_offset; /* of the last 4 bytes of the client's address */
 volatile const __u32 port_offset;
 volatile const __u32 flow_count;

@@ -38,8 +38,8 @@ static __always_inline bool client_segment(struct xdp_md *ctx, const struct pack
 	if (tcp->doff < 5 || header > packet->length)
 		return false;
 	segment->seq = bpf_ntohl(tcp->seq);
-	segment->end = segment->seq + packet->length - header + !!(flags & TCP_SYN) +
-		       !!(flags & TCP_FIN);
+	segment->end =
+		segment->seq + packet->length - header + !!(flags & TCP_SYN) + !!(flags & TCP_FIN);
 	segment->ack = bpf_ntohl(tcp->ack_seq);
 	segment->window = bpf_ntohs(tcp->window);
 	segment->flags = flags;
@@ -213,7 +213,7 @@ static __noinline bool translate_error(struct xdp_md *ctx, const struct packet *
  * action.
  */
 __noinline int deliver(struct xdp_md *ctx, const struct packet *packet,
-			      const struct pod_key *target, __u64 hash)
+		       const struct pod_key *target, __u64 hash)
 {
 	struct segment segment = {};
 	struct pod_key pod;
@@ -230,8 +230,8 @@ __noinline int deliver(struct xdp_md *ctx, const struct packet *packet,
 	key.client_port = packet->src_port;
 	key.vip_port = packet->dst_port;
 	key.proto = packet->proto;
-	if (!error && packet->proto == IPPROTO_TCP &&
-	    !(packet->flags & PACKET_LATER_FRAGMENT) && !client_segment(ctx, packet, &segment))
+	if (!error && packet->proto == IPPROTO_TCP && !(packet->flags & PACKET_LATER_FRAGMENT) &&
+	    !client_segment(ctx, packet, &segment))
 		return xdp_drop(DROP_MALFORMED);
 	pod = *target;
 	flow = flow_find(&key, bpf_ktime_get_coarse_ns());
@@ -254,8 +254,8 @@ __noinline int deliver(struct xdp_md *ctx, const struct packet *packet,
 	TRACE(pod_port, pod.port);
 	TRACE(verdict, VERDICT_DELIVER);
 	held = same_addr(&pod.address, &packet->dst) && pod.port == packet->dst_port;
-	if (!held && !(error ? translate_error(ctx, packet, &packet->dst, &pod) :
-			       translate_client(ctx, packet, &pod)))
+	if (!held && !(error ? translate_error(ctx, packet, &packet->dst, &pod)
+			     : translate_client(ctx, packet, &pod)))
 		return xdp_drop(DROP_MALFORMED);
 	count_event(EVENT_DELIVERED);
 	return XDP_PASS;

@@ -45,7 +45,8 @@ static __always_inline void copy_constant(void *to, const volatile struct addr *
 /* One hop less, before the packet is wrapped. */
 static __always_inline bool take_hop(struct xdp_md *ctx, const struct packet *packet)
 {
-	void *l3 = (void *)(long)ctx->data + (packet->l3 & OFFSET_MASK), *data_end = (void *)(long)ctx->data_end;
+	void *l3 = (void *)(long)ctx->data + (packet->l3 & OFFSET_MASK),
+	     *data_end = (void *)(long)ctx->data_end;
 
 	if (packet->family == 4) {
 		struct iphdr *ip = l3;
@@ -83,8 +84,8 @@ static __always_inline void outer_ip4(struct iphdr *ip, const struct packet *pac
 				      __u32 extra)
 {
 	__be16 length = bpf_htons(packet->length + sizeof(*ip) + extra);
-	__u32 sum = backend->outer_sum + bpf_htons(packet->tos) + length + (src & 0xffff) +
-		    (src >> 16);
+	__u32 sum =
+		backend->outer_sum + bpf_htons(packet->tos) + length + (src & 0xffff) + (src >> 16);
 
 	ip->version = 4;
 	ip->ihl = 5;
@@ -151,7 +152,8 @@ static __always_inline bool make_room(struct xdp_md *ctx, const struct packet *p
 }
 
 static __always_inline int wrap_ipip(struct xdp_md *ctx, const struct packet *packet,
-				     const struct choice *choice, const struct next_hop *hop, bool v4)
+				     const struct choice *choice, const struct next_hop *hop,
+				     bool v4)
 {
 	__u8 proto = packet->family == 4 ? IPPROTO_IPIP : IPPROTO_IPV6;
 	void *data;
@@ -259,7 +261,7 @@ __noinline int push_vlan(struct xdp_md *ctx, __be16 tci)
 
 /* The kernel's own answer, while user space has not resolved the next hop. */
 __noinline int ask_fib(struct xdp_md *ctx, const struct backend *backend, __u32 length,
-			      struct next_hop *hop)
+		       struct next_hop *hop)
 {
 	struct bpf_fib_lookup fib = {.ifindex = ctx->ingress_ifindex, .tot_len = length};
 

@@ -176,8 +176,8 @@ struct flow {
 	struct bpf_timer timer; /* used in `flows` alone: expiry without the agent */
 	struct addr pod;
 	__be16 pod_port;
-	__u8 state; /* enum flow_state */
-	__u8 fins;  /* enum flow_fin: what was seen of its end, and its beginning */
+	__u8 state;	/* enum flow_state */
+	__u8 fins;	/* enum flow_fin: what was seen of its end, and its beginning */
 	__u8 pod_scale; /* window scale that the Pod offered */
 	__u8 pad[3];
 	__u64 hash; /* keyed; the top bits are the slot */
@@ -194,10 +194,10 @@ struct flow {
 enum flow_fin {
 	FLOW_FIN_CLIENT = 1 << 0,
 	FLOW_FIN_POD = 1 << 1,
-	FLOW_SYN_ACK = 1 << 2, /* pod_isn is known */
+	FLOW_SYN_ACK = 1 << 2,	     /* pod_isn is known */
 	FLOW_FIN_POD_ACKED = 1 << 3, /* by the client */
-	FLOW_CLOSED = 1 << 4, /* both FINs acknowledged, or reset: a SYN starts anew */
-	FLOW_ARMED = 1 << 5,  /* the timer runs */
+	FLOW_CLOSED = 1 << 4,	     /* both FINs acknowledged, or reset: a SYN starts anew */
+	FLOW_ARMED = 1 << 5,	     /* the timer runs */
 };
 
 /* lb_nodes (LPM trie): outer sources that are LB nodes, or their declared
@@ -274,30 +274,30 @@ enum verdict {
 enum drop {
 	DROP_NONE = 0,
 	/* Any packet to a VIP. */
-	DROP_MALFORMED = 1,	   /* truncated or self-contradicting headers */
+	DROP_MALFORMED = 1,	    /* truncated or self-contradicting headers */
 	DROP_EXTENSION_HEADERS = 2, /* more IPv6 extension headers than we walk */
-	DROP_NO_SERVICE = 3,	   /* a VIP, but no service at this port and protocol */
-	DROP_PROTOCOL = 4,	   /* a VIP, but neither TCP, UDP nor an ICMP that we handle */
-	DROP_NO_BACKEND = 5,	   /* the service has no backend that can take it */
-	DROP_FRAGMENT_UNKNOWN = 6, /* a later fragment whose first was not seen */
-	DROP_ICMP_UNRELATED = 7,   /* an ICMP error about no flow of ours */
-	DROP_TTL = 8,		   /* TTL or hop limit used up, and no reply possible */
-	DROP_TOO_BIG = 9,	   /* does not fit the tunnel, and no reply possible */
-	DROP_NO_NEXT_HOP = 10,	   /* neither resolved nor known to the kernel's FIB */
-	DROP_HEADROOM = 11,	   /* the driver gave no room for the outer headers */
+	DROP_NO_SERVICE = 3,	    /* a VIP, but no service at this port and protocol */
+	DROP_PROTOCOL = 4,	    /* a VIP, but neither TCP, UDP nor an ICMP that we handle */
+	DROP_NO_BACKEND = 5,	    /* the service has no backend that can take it */
+	DROP_FRAGMENT_UNKNOWN = 6,  /* a later fragment whose first was not seen */
+	DROP_ICMP_UNRELATED = 7,    /* an ICMP error about no flow of ours */
+	DROP_TTL = 8,		    /* TTL or hop limit used up, and no reply possible */
+	DROP_TOO_BIG = 9,	    /* does not fit the tunnel, and no reply possible */
+	DROP_NO_NEXT_HOP = 10,	    /* neither resolved nor known to the kernel's FIB */
+	DROP_HEADROOM = 11,	    /* the driver gave no room for the outer headers */
 	/* Tunnel packets to this node. */
-	DROP_TUNNEL_SOURCE = 20,  /* outer source is no LB node of the shard */
-	DROP_TUNNEL_FORMAT = 21,  /* Geneve or option not as we send it */
-	DROP_TUNNEL_VNI = 22,	  /* of another shard */
-	DROP_TUNNEL_TAG = 23,	  /* not this worker's tag */
-	DROP_TUNNEL_VIP = 24,	  /* inner destination is no VIP that a Pod here serves */
-	DROP_TUNNEL_POD = 25,	  /* the named Pod is not of this node, or not of this VIP */
+	DROP_TUNNEL_SOURCE = 20,   /* outer source is no LB node of the shard */
+	DROP_TUNNEL_FORMAT = 21,   /* Geneve or option not as we send it */
+	DROP_TUNNEL_VNI = 22,	   /* of another shard */
+	DROP_TUNNEL_TAG = 23,	   /* not this worker's tag */
+	DROP_TUNNEL_VIP = 24,	   /* inner destination is no VIP that a Pod here serves */
+	DROP_TUNNEL_POD = 25,	   /* the named Pod is not of this node, or not of this VIP */
 	DROP_TUNNEL_QUESTION = 26, /* a question: not answered yet */
-	DROP_TUNNEL_BOUNCE = 27,  /* a bounce: not expected here */
-	DROP_TUNNEL_ECN = 28,	  /* outer CE over an inner packet that is not ECN-capable */
+	DROP_TUNNEL_BOUNCE = 27,   /* a bounce: not expected here */
+	DROP_TUNNEL_ECN = 28,	   /* outer CE over an inner packet that is not ECN-capable */
 	/* Flows at the backend's node. */
-	DROP_FLOWS_FULL = 40,	  /* the table of flows is full */
-	DROP_FLOW_CONFLICT = 41,  /* the Pod's tuple belongs to another VIP's flow */
+	DROP_FLOWS_FULL = 40,	   /* the table of flows is full */
+	DROP_FLOW_CONFLICT = 41,   /* the Pod's tuple belongs to another VIP's flow */
 	DROP_FROM_POD_TUNNEL = 42, /* a Pod sent tunnel traffic */
 	DROP_MAX = 64,
 };
@@ -306,16 +306,16 @@ enum drop {
 enum event {
 	EVENT_NONE = 0,
 	EVENT_ECHO_REPLY = 1,
-	EVENT_TOO_BIG = 2,	/* Packet Too Big / Fragmentation Needed sent */
-	EVENT_TIME_EXCEEDED = 3, /* Time Exceeded sent */
-	EVENT_FIB_LOOKUP = 4,	/* next hop unresolved: the kernel's FIB was asked */
-	EVENT_STAND_IN = 5,	/* a following slot's backend stood in for one gone */
-	EVENT_FLOW_NEW = 6,	/* entry made in pending */
+	EVENT_TOO_BIG = 2,	  /* Packet Too Big / Fragmentation Needed sent */
+	EVENT_TIME_EXCEEDED = 3,  /* Time Exceeded sent */
+	EVENT_FIB_LOOKUP = 4,	  /* next hop unresolved: the kernel's FIB was asked */
+	EVENT_STAND_IN = 5,	  /* a following slot's backend stood in for one gone */
+	EVENT_FLOW_NEW = 6,	  /* entry made in pending */
 	EVENT_FLOW_CONFIRMED = 7, /* moved from pending to flows */
 	EVENT_FLOW_CLOSED = 8,
 	EVENT_FLOW_EXPIRED = 9,
 	EVENT_MSS_CLAMPED = 10,
-	EVENT_ANSWER = 11, /* a Pod's packet translated to the VIP */
+	EVENT_ANSWER = 11,    /* a Pod's packet translated to the VIP */
 	EVENT_DELIVERED = 12, /* a packet given to a Pod of this node */
 	EVENT_MAX = 32,
 };
@@ -331,14 +331,14 @@ struct counter {
 
 /* `volatile const struct config config`: the verifier drops dead branches. */
 struct config {
-	__u64 key[2];	      /* of the flow hash, two little-endian words */
-	struct addr node4;    /* this node's tunnel addresses; zero: none */
+	__u64 key[2];	   /* of the flow hash, two little-endian words */
+	struct addr node4; /* this node's tunnel addresses; zero: none */
 	struct addr node6;
-	struct addr ipip4;    /* the declared source prefixes for ipip; */
-	struct addr ipip6;    /* the node's address when none is declared */
+	struct addr ipip4;	/* the declared source prefixes for ipip; */
+	struct addr ipip6;	/* the node's address when none is declared */
 	struct addr ipip4_mask; /* set bits vary with the flow; zero: none */
 	struct addr ipip6_mask;
-	__u8 tag[8];	      /* this worker's own */
+	__u8 tag[8]; /* this worker's own */
 	__u32 vni;
 	__be16 geneve_port;
 	__u16 mss4; /* at most, in SYN-ACKs of Pods, for IPv4; 0: no clamp */
@@ -359,18 +359,18 @@ struct trace {
 	__be16 src_port;
 	__be16 dst_port;
 	__u8 proto;
-	__u8 family;	/* 4, 6, or 0: not IP */
-	__u8 flags;	/* PACKET_* */
-	__u8 tunnel;	/* enum mode of the tunnel that it came in, or 0 */
-	__u32 service;	/* number, or 0 */
-	__u32 slot;	/* index within the service */
+	__u8 family;   /* 4, 6, or 0: not IP */
+	__u8 flags;    /* PACKET_* */
+	__u8 tunnel;   /* enum mode of the tunnel that it came in, or 0 */
+	__u32 service; /* number, or 0 */
+	__u32 slot;    /* index within the service */
 	__u64 hash;
 	__u64 slot_word;
-	__u32 backend;	/* number, or 0 */
-	__u32 next_hop; /* row, or 0 */
-	__u32 ifindex;	/* it leaves by, or 0 */
-	__u16 verdict;	/* enum verdict */
-	__u16 drop;	/* enum drop */
+	__u32 backend;	 /* number, or 0 */
+	__u32 next_hop;	 /* row, or 0 */
+	__u32 ifindex;	 /* it leaves by, or 0 */
+	__u16 verdict;	 /* enum verdict */
+	__u16 drop;	 /* enum drop */
 	struct addr pod; /* VERDICT_DELIVER: the Pod */
 	__be16 pod_port;
 	__u8 flow_state; /* of the entry used or made; 0: none */
@@ -392,7 +392,7 @@ enum trace_step {
 enum packet_flag {
 	PACKET_FIRST_FRAGMENT = 1 << 0,
 	PACKET_LATER_FRAGMENT = 1 << 1,
-	PACKET_SYN = 1 << 2, /* TCP SYN without ACK */
+	PACKET_SYN = 1 << 2,	    /* TCP SYN without ACK */
 	PACKET_ICMP_ERROR = 1 << 3, /* addresses and ports are those of the flow it is about */
-	PACKET_ECHO = 1 << 4, /* ICMP or ICMPv6 echo request */
+	PACKET_ECHO = 1 << 4,	    /* ICMP or ICMPv6 echo request */
 };

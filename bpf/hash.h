@@ -41,8 +41,7 @@ static __always_inline void sip_word(struct sip *s, __u64 word)
 
 /* The family is the client's view: 4 when both addresses are v4-mapped. */
 static __always_inline __u64 flow_hash(const struct addr *client, const struct addr *vip,
-				       __be16 client_port, __be16 vip_port, __u8 proto,
-				       __u8 family)
+				       __be16 client_port, __be16 vip_port, __u8 proto, __u8 family)
 {
 	__u64 key0 = config.key[0], key1 = config.key[1];
 	struct sip s = {
@@ -60,8 +59,8 @@ static __always_inline __u64 flow_hash(const struct addr *client, const struct a
 		sip_word(&s, vip->w[0] | (__u64)vip->w[1] << 32);
 		sip_word(&s, vip->w[2] | (__u64)vip->w[3] << 32);
 	}
-	sip_word(&s, client_port | (__u64)vip_port << 16 | (__u64)proto << 32 |
-			     (__u64)family << 56);
+	sip_word(&s,
+		 client_port | (__u64)vip_port << 16 | (__u64)proto << 32 | (__u64)family << 56);
 	s.v2 ^= 0xff;
 	sip_round(&s);
 	sip_round(&s);

@@ -103,7 +103,7 @@ __noinline int reply_echo(struct xdp_md *ctx, const struct packet *packet)
 		ip->hop_limit = REPLY_TTL;
 		icmp->type = ICMPV6_ECHO_REPLY;
 		icmp->check = replace_sum(icmp->check, bpf_htons(ICMPV6_ECHO << 8),
-					     bpf_htons(ICMPV6_ECHO_REPLY << 8));
+					  bpf_htons(ICMPV6_ECHO_REPLY << 8));
 	}
 	swap_macs(data);
 	count_event(EVENT_ECHO_REPLY);
@@ -120,7 +120,8 @@ static __always_inline bool may_reply(const struct packet *packet)
 		return false;
 	if (packet->family == 4)
 		return first >> 24 != 0 && first >> 24 != 127 && first >> 28 < 14;
-	return first >> 24 != 0xff && (first | packet->src.w[1] | packet->src.w[2] | packet->src.w[3]);
+	return first >> 24 != 0xff &&
+	       (first | packet->src.w[1] | packet->src.w[2] | packet->src.w[3]);
 }
 
 /* Cuts the packet to what is quoted and makes room for the headers before it. */
@@ -138,7 +139,8 @@ static __always_inline bool make_quote(struct xdp_md *ctx, const struct packet *
 	if (from + sizeof(struct ethhdr) + VLAN_TAGS_MAX * sizeof(struct vlan_tag) >
 	    (__u8 *)(long)ctx->data_end)
 		return false;
-	for (__u32 i = 0; i < sizeof(struct ethhdr) + VLAN_TAGS_MAX * sizeof(struct vlan_tag); i++) {
+	for (__u32 i = 0; i < sizeof(struct ethhdr) + VLAN_TAGS_MAX * sizeof(struct vlan_tag);
+	     i++) {
 		if (i >= packet->l3)
 			break;
 		to[i] = from[i];
@@ -181,7 +183,7 @@ static __always_inline bool write_error4(struct xdp_md *ctx, const struct packet
 	icmp->code = too_big ? ICMP_FRAG_NEEDED : 0;
 	icmp->number = bpf_htons(mtu);
 	icmp->check = ~fold(add_words((void *)icmp, sizeof(*icmp) / 2) +
-			       sum_quote((void *)(icmp + 1), quote, data_end));
+			    sum_quote((void *)(icmp + 1), quote, data_end));
 	return true;
 }
 
@@ -213,8 +215,7 @@ static __always_inline bool write_error6(struct xdp_md *ctx, const struct packet
 
 /* Tells the sender why its packet went no further: EVENT_TOO_BIG with the MTU
  * that would do, or EVENT_TIME_EXCEEDED. The source is the VIP. */
-__noinline int reply_error(struct xdp_md *ctx, const struct packet *packet, __u32 event,
-				  __u32 mtu)
+__noinline int reply_error(struct xdp_md *ctx, const struct packet *packet, __u32 event, __u32 mtu)
 {
 	bool too_big = event == EVENT_TOO_BIG, made;
 	__u32 refused = too_big ? DROP_TOO_BIG : DROP_TTL, quote;

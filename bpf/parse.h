@@ -75,7 +75,7 @@ struct packet {
 	struct addr dst;
 	__be16 src_port; /* 0 unless TCP or UDP, and in later fragments */
 	__be16 dst_port;
-	__u8 proto; /* of the transport; in later IPv6 fragments of what is cut up */
+	__u8 proto;  /* of the transport; in later IPv6 fragments of what is cut up */
 	__u8 family; /* 4 or 6 */
 	__u8 flags;  /* PACKET_* */
 	__u8 tos;    /* TOS or traffic class */
@@ -94,8 +94,7 @@ static __always_inline bool is_v4(const struct addr *a)
 
 static __always_inline bool same_addr(const struct addr *a, const struct addr *b)
 {
-	return a->w[3] == b->w[3] && a->w[2] == b->w[2] && a->w[1] == b->w[1] &&
-	       a->w[0] == b->w[0];
+	return a->w[3] == b->w[3] && a->w[2] == b->w[2] && a->w[1] == b->w[1] && a->w[0] == b->w[0];
 }
 
 /*
@@ -250,9 +249,9 @@ static __always_inline int parse_transport(void *data, void *data_end, struct pa
 			return DROP_MALFORMED;
 		if (unlikely(ip->frag_off & bpf_htons(IPV4_OFFSET | IPV4_MORE_FRAGMENTS))) {
 			packet->id = ip->id;
-			packet->flags |= ip->frag_off & bpf_htons(IPV4_OFFSET) ?
-						 PACKET_LATER_FRAGMENT :
-						 PACKET_FIRST_FRAGMENT;
+			packet->flags |= ip->frag_off & bpf_htons(IPV4_OFFSET)
+						 ? PACKET_LATER_FRAGMENT
+						 : PACKET_FIRST_FRAGMENT;
 		}
 	} else if (unlikely(packet->proto != IPPROTO_TCP && packet->proto != IPPROTO_UDP)) {
 		int drop = parse_extensions(data, data_end, packet);

@@ -20,18 +20,17 @@ struct choice {
 
 static __always_inline void trace_packet(const struct packet *packet)
 {
-	TRACING(to->src = packet->src; to->dst = packet->dst;
-		to->src_port = packet->src_port; to->dst_port = packet->dst_port;
-		to->proto = packet->proto; to->family = packet->family;
-		to->flags = packet->flags; to->steps |= TRACE_PARSED);
+	TRACING(to->src = packet->src; to->dst = packet->dst; to->src_port = packet->src_port;
+		to->dst_port = packet->dst_port; to->proto = packet->proto;
+		to->family = packet->family; to->flags = packet->flags; to->steps |= TRACE_PARSED);
 }
 
 /* Whether the address may be a VIP. False positives cost a look-up. */
 static __always_inline bool maybe_vip(const struct addr *a)
 {
 	const __u64 *halves = (const void *)a;
-	__u64 bit = ((halves[0] * VIP_BITS_MIX0 + halves[1]) * VIP_BITS_MIX1) >>
-		    (64 - VIP_BITS_LOG2);
+	__u64 bit =
+		((halves[0] * VIP_BITS_MIX0 + halves[1]) * VIP_BITS_MIX1) >> (64 - VIP_BITS_LOG2);
 	__u32 at = bit >> 6;
 	__u64 *word = bpf_map_lookup_elem(&vip_bits, &at);
 

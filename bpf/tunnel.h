@@ -55,7 +55,8 @@ static __always_inline int read_option(struct xdp_md *ctx, const struct packet *
 		return -DROP_TUNNEL_FORMAT;
 	*type = at->geneve.type;
 	address_len = option->address_len;
-	if (at->geneve.flags != GENEVE_CRITICAL || at->geneve.option_class != bpf_htons(OPTION_CLASS) ||
+	if (at->geneve.flags != GENEVE_CRITICAL ||
+	    at->geneve.option_class != bpf_htons(OPTION_CLASS) ||
 	    at->geneve.option_type != OPTION_TYPE || option->version != OPTION_VERSION ||
 	    (address_len != 4 && address_len != 16) ||
 	    at->geneve.option_length != (sizeof(*option) + address_len) / 4 ||
@@ -87,7 +88,8 @@ static __always_inline int read_option(struct xdp_md *ctx, const struct packet *
 }
 
 /* RFC 6040, the decapsulator: what the tunnel saw is told to the Pod. */
-static __always_inline bool carry_ecn(struct xdp_md *ctx, const struct packet *inner, __u8 outer_tos)
+static __always_inline bool carry_ecn(struct xdp_md *ctx, const struct packet *inner,
+				      __u8 outer_tos)
 {
 	void *at = (void *)(long)ctx->data + (inner->l3 & OFFSET_MASK);
 	__u8 outer = outer_tos & ECN_MASK, ecn = inner->tos & ECN_MASK, fresh = ecn;
@@ -105,7 +107,8 @@ static __always_inline bool carry_ecn(struct xdp_md *ctx, const struct packet *i
 
 		if ((void *)(ip + 1) > (void *)(long)ctx->data_end)
 			return false;
-		ip->check = move_sum(ip->check, bpf_htons(ip->tos), bpf_htons(ip->tos ^ ecn ^ fresh));
+		ip->check =
+			move_sum(ip->check, bpf_htons(ip->tos), bpf_htons(ip->tos ^ ecn ^ fresh));
 		ip->tos ^= ecn ^ fresh;
 	} else {
 		__be16 *first = at;
