@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package plan_test
+
+import (
+	"flag"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	"fairlead.dev/fairlead/internal/file"
+	"fairlead.dev/fairlead/internal/lb"
+	"fairlead.dev/fairlead/internal/plan"
+)
+
+var update = flag.Bool("update", false, "rewrite golden files")
+
+// The example has no findings, and these plans.
+func TestExampleGolden(t *testing.T) {
+	s, findings := file.Load([]string{"../../examples/small.yaml"})
+	if len(findings) > 0 {
+		t.Fatalf("findings: %v", findings)
+	}
+	var text strings.Builder
+	for _, node := range s.Nodes {
+		p, findings := plan.ForNode(s, node.Name)
+		if len(findings) > 0 {
+			t.Errorf("%s: %v", node.Name, findings)
+		}
+		text.WriteString(plan.Format(p))
+	}
+	const path = "testdata/small.plan"
+	if *update {
+		if err := os.WriteFile(path, []byte(text.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil || string(want) != text.String() {
+		t.Errorf("plans (%v):\n%s\nwant\n%s", err, text.String(), want)
+	}
+}
+
+var (
+	vip     = netip.MustParseAddr("192.0.2.1")
+	workers = []lb.Node{
+		{Name: "lb", LoadBalancer: true, TunnelAddresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")}},
+		{Name: "w", Backend: true, TunnelAddresses: []netip.Addr{netip.MustParseAddr("10.0.0.2")}, Pods: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}},
+	}
+)
+
+func service(endpoints ...lb.Endpoint) lb.Snapshot {
+	return lb.Snapshot{Nodes: workers, Services: []lb.Service{{
+		ID: lb.ServiceID{Namespace: "d", Name: "s"}, VIPs: []netip.Addr{vip}, Ports: []lb.ServicePort{{Port: 80, Protocol: lb.TCP}},
+		Policy: lb.Policy{Mode: lb.ModeGeneve}, Endpoints: endpoints}}}
+}
+
+func endpoint(last byte, ready, serving, terminating bool) lb.Endpoint {
+	return lb.Endpoint{Address: netip.AddrFrom4([4]byte{10, 244, 0, last}), Ports: map[lb.PortKey]uint16{{Protocol: lb.TCP}: 8080},
+		Ready: ready, Serving: serving, Terminating: terminating, Weight: 1}
+}
+
+// states is "address: state" of what a plan has.
+func states(t *testing.T, s lb.Snapshot) map[byte]string {
+	t.Helper()
+	p, findings := plan.ForNode(s, "lb")
+	if len(findings) > 0 {
+		t.Errorf("findings: %v", findings)
+	}
+	found := map[byte]string{}
+	for _, b := range p.Frontends[0].Backends {
+		found[b.ID.Target.Addr().As4()[3]] = b.State.String()
+	}
+	return found
+}
+
+// The table of what kube-proxy makes of an endpoint's conditions, row by row:
+// alone, and beside one that is ready.
+func TestConditions(t *testing.T) {
+	for _, c := range []struct {
+		ready, serving, terminating bool
+		alone, beside               string
+	}{
+		{true, true, false, "active", "active"},
+		{true, false, false, "active", "active"},
+		{false, false, false, "", ""},
+		{false, true, false, "", ""},
+		{false, true, true, "active", "draining"},
+		{false, false, true, "", ""},
+		{true, true, true, "active", "active"}, // publishNotReadyAddresses
+	} {
+		e := endpoint(1, c.ready, c.serving, c.terminating)
+		if got := states(t, service(e))[1]; got != c.alone {
+			t.Errorf("%+v alone: %q", c, got)
+		}
+		if got := states(t, service(e, endpoint(2, true, true, false)))[1]; got != c.beside {
+			t.Errorf("%+v beside a ready one: %q", c, got)
+		}
+	}
+}
+
+// An endpoint that stands in two slices counts once, and the readiest counts.
+func TestEndpointInTwoSlices(t *testing.T) {
+	for _, s := range []lb.Snapshot{
+		service(endpoint(1, true, true, false), endpoint(1, false, true, true)),
+		service(endpoint(1, false, true, true), endpoint(1, true, true, false)),
+		service(endpoint(1, true, true, false), endpoint(1, true, true, false)),
+	} {
+		if got := states(t, s); len(got) != 1 || got[1] != "active" {
+			t.Errorf("states: %v", got)
+		}
+	}
+}
+
+func TestFindings(t *testing.T) {
+	if _, findings := plan.ForNode(service(), "who"); len(findings) != 1 || findings[0].Code != plan.UnknownNode.Code {
+		t.Errorf("unknown node: %v", findings)
+	}
+	far := endpoint(1, true, true, false)
+	far.NodeName = "elsewhere"
+	p, findings := plan.ForNode(service(far), "lb")
+	if len(findings) != 1 || findings[0].Code != plan.Unreachable.Code || len(p.Frontends[0].Backends) != 0 {
+		t.Errorf("unreachable endpoint: %v, %+v", findings, p.Frontends)
+	}
+	s := service(endpoint(1, true, true, false))
+	s.Services[0].Ports = nil
+	for i := range 9 {
+		s.Services[0].Ports = append(s.Services[0].Ports, lb.ServicePort{Port: uint16(80 + i), Protocol: lb.TCP})
+	}
+	p, findings = plan.ForNode(s, "w")
+	if len(findings) != 1 || findings[0].Code != plan.TooManyServed.Code || len(p.Pods[0].Serves) != 8 {
+		t.Errorf("9 ports: %v, %+v", findings, p.Pods)
+	}
+}
