@@ -19,7 +19,7 @@ import (
 func keys(c Config, s lb.Snapshot) (*flowhash.Secret, [8]byte, error) {
 	node := lb.NewLocator(s.Nodes).Named(c.Node)
 	if node == nil {
-		return nil, [8]byte{}, fmt.Errorf("Node %s: not described; add it, or set node in the agent's configuration", c.Node)
+		return nil, [8]byte{}, fmt.Errorf("refuse Node %s: not described; add it, or set node in the agent's configuration", c.Node)
 	}
 	if !node.LoadBalancer && c.TagFile != "" {
 		text, err := os.ReadFile(c.TagFile)

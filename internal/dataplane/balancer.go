@@ -118,7 +118,7 @@ func (b *balancer) wanted(plan lb.Plan) (map[lb.BackendID]lb.Backend, error) {
 	}
 	for _, f := range plan.Frontends {
 		if f.TableSize&(f.TableSize-1) != 0 || f.TableSize > 1<<maxBits {
-			return nil, fmt.Errorf("Service %s: table size %d is no power of two up to %d", f.Service, f.TableSize, 1<<maxBits)
+			return nil, fmt.Errorf("refuse Service %s: table size %d is no power of two up to %d", f.Service, f.TableSize, 1<<maxBits)
 		}
 		slots += uint64(f.TableSize)
 		for _, backend := range f.Backends {
@@ -165,7 +165,7 @@ func checkBackend(f lb.Frontend, id lb.BackendID, vips map[netip.Addr]bool) erro
 		}
 	}
 	if why != "" {
-		return fmt.Errorf("Service %s: backend %s: %s; correct the EndpointSlice or the Node", f.Service, id.Target, why)
+		return fmt.Errorf("refuse Service %s: backend %s: %s; correct the EndpointSlice or the Node", f.Service, id.Target, why)
 	}
 	return nil
 }

@@ -29,7 +29,7 @@ func (d *Dataplane) constants(want Desired) (bpfConfig, error) {
 		IdleUdpNs:     nanoseconds(cfg.Timeouts.UDP, defaultUDP),
 		IdleClosingNs: nanoseconds(cfg.Timeouts.Closing, defaultClose)}
 	if !plan.LoadBalancer && !plan.Backend {
-		return c, fmt.Errorf("Node %s: spec.roles: empty; give it LoadBalancer, Backend or both", plan.Node)
+		return c, fmt.Errorf("refuse Node %s: spec.roles: empty; give it LoadBalancer, Backend or both", plan.Node)
 	}
 	if plan.LoadBalancer {
 		if cfg.Secret == nil {

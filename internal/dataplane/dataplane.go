@@ -128,7 +128,7 @@ func (d *Dataplane) Set(_ context.Context, want Desired) error {
 		}
 	}
 	if want.Plan.LoadBalancer && d.constant.Lb == 0 {
-		return fmt.Errorf("Node %s: it became a LoadBalancer while the agent ran; restart the agent", want.Plan.Node)
+		return fmt.Errorf("refuse Node %s: it became a LoadBalancer while the agent ran; restart the agent", want.Plan.Node)
 	}
 	now := d.now()
 	if err := d.balancer.set(want.Plan, want.NextHops, now); err != nil {

@@ -69,11 +69,11 @@ func (r *receiver) wanted(plan lb.Plan) (map[bpfPodKey]bpfPod, map[bpfLbNodeKey]
 	pods := make(map[bpfPodKey]bpfPod, len(plan.Pods))
 	for _, pod := range plan.Pods {
 		if len(pod.Serves) > podServesMax {
-			return nil, nil, fmt.Errorf("Service %s: Pod %s serves %d VIPs and ports, and %d is the most; give it more container ports, or fewer Services",
+			return nil, nil, fmt.Errorf("refuse Service %s: Pod %s serves %d VIPs and ports, and %d is the most; give it more container ports, or fewer Services",
 				pod.Service, pod.Target, len(pod.Serves), podServesMax)
 		}
 		if why := lb.Unusable(pod.Target.Addr()); why != "" {
-			return nil, nil, fmt.Errorf("Service %s: Pod %s: %s; correct the EndpointSlice", pod.Service, pod.Target, why)
+			return nil, nil, fmt.Errorf("refuse Service %s: Pod %s: %s; correct the EndpointSlice", pod.Service, pod.Target, why)
 		}
 		value := bpfPod{Count: uint32(len(pod.Serves))}
 		for i, vip := range pod.Serves {
