@@ -43,18 +43,18 @@ static __always_inline int parse_skb(struct __sk_buff *skb, struct packet *packe
 	return parse(data, data_end, l3, type, packet);
 }
 
-/* Finds the flow of {client, Pod} among the VIPs that the Pod serves. */
-static __noinline struct flow *find_answered(struct answer *answer, const struct addr *client,
-					     __be16 client_port)
+/* Whether {client, Pod} has a flow by one of the VIPs that the Pod serves; then
+ * its key is in `answer`. */
+__noinline int find_answered(struct answer *answer, const struct addr *client, __be16 client_port)
 {
 	__u64 now = bpf_ktime_get_coarse_ns();
 	struct pod *pod;
 
 	if (!answer || !client)
-		return NULL;
+		return 0;
 	pod = bpf_map_lookup_elem(&pods, &answer->pod);
 	if (!pod)
-		return NULL;
+		return 0;
 	answer->key.client = *client;
 	answer->key.client_port = client_port;
 	answer->key.proto = answer->pod.proto;
@@ -67,9 +67,9 @@ static __noinline struct flow *find_answered(struct answer *answer, const struct
 		answer->key.vip_port = pod->serves[i].port;
 		flow = flow_find(&answer->key, now);
 		if (flow && flow_of(flow, &answer->pod))
-			return flow;
+			return 1;
 	}
-	return NULL;
+	return 0;
 }
 
 /* The options of a SYN-ACK that matter: where the MSS is, and the scale. */
@@ -137,7 +137,7 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct answer *a
 }
 
 /* What the Pod's packet tells of its flow. Returns an enum drop. */
-static __noinline int note_answer(struct __sk_buff *skb, struct answer *answer)
+__noinline int note_answer(struct __sk_buff *skb, struct answer *answer)
 {
 	struct segment segment = {};
 	struct flow *flow;
@@ -212,7 +212,7 @@ static __always_inline int clamp_mss(struct __sk_buff *skb, const struct answer 
 }
 
 /* Source Pod:port becomes VIP:port. A server that holds the VIP needs none. */
-static __noinline int translate_answer(struct __sk_buff *skb, struct answer *answer)
+__noinline int translate_answer(struct __sk_buff *skb, struct answer *answer)
 {
 	const struct packet *packet;
 	bool later;
@@ -292,7 +292,7 @@ static __noinline int translate_quoted(struct __sk_buff *skb, struct answer *ans
 }
 
 /* An ICMP error of a Pod, or of this node, about a client's packet. */
-static __noinline int answer_error(struct __sk_buff *skb, struct answer *answer)
+__noinline int answer_error(struct __sk_buff *skb, struct answer *answer)
 {
 	struct packet quoted;
 	__be16 type;
@@ -342,7 +342,7 @@ static __always_inline int answer_at_uplink(struct __sk_buff *skb)
 }
 
 /* The device that the kernel would send an answer by; 0 when it would not. */
-static __noinline __u32 way_out(struct __sk_buff *skb, const struct answer *answer)
+__noinline __u32 way_out(struct __sk_buff *skb, const struct answer *answer)
 {
 	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex};
 	long found;
