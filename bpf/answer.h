@@ -48,26 +48,31 @@ static __always_inline int parse_skb(struct __sk_buff *skb, struct packet *packe
 __noinline int find_answered(struct answer *answer, const struct addr *client, __be16 client_port)
 {
 	__u64 now = bpf_ktime_get_coarse_ns();
+	struct flow_key key = {};
+	struct pod_key target;
 	struct pod *pod;
 
 	if (!answer || !client)
 		return 0;
-	pod = bpf_map_lookup_elem(&pods, &answer->pod);
+	target = answer->pod; /* before Linux 6.4, an argument cannot be a map's key */
+	pod = bpf_map_lookup_elem(&pods, &target);
 	if (!pod)
 		return 0;
-	answer->key.client = *client;
-	answer->key.client_port = client_port;
-	answer->key.proto = answer->pod.proto;
+	key.client = *client;
+	key.client_port = client_port;
+	key.proto = target.proto;
 	for (__u32 i = 0; i < POD_SERVES_MAX; i++) {
 		struct flow *flow;
 
 		if (i >= pod->count)
 			break;
-		answer->key.vip = pod->serves[i].vip;
-		answer->key.vip_port = pod->serves[i].port;
-		flow = flow_find(&answer->key, now);
-		if (flow && flow_of(flow, &answer->pod))
+		key.vip = pod->serves[i].vip;
+		key.vip_port = pod->serves[i].port;
+		flow = flow_find(&key, now);
+		if (flow && flow_of(flow, &target)) {
+			answer->key = key;
 			return 1;
+		}
 	}
 	return 0;
 }
@@ -140,19 +145,21 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct answer *a
 __noinline int note_answer(struct __sk_buff *skb, struct answer *answer)
 {
 	struct segment segment = {};
+	struct flow_key key;
 	struct flow *flow;
 	bool confirmed;
 
 	if (!answer)
 		return DROP_NONE;
-	flow = flow_find(&answer->key, bpf_ktime_get_coarse_ns());
+	key = answer->key;
+	flow = flow_find(&key, bpf_ktime_get_coarse_ns());
 	if (!flow)
 		return DROP_NONE;
 	flow->seen = bpf_ktime_get_coarse_ns();
 	if (!flow_pending(flow) && !(flow->fins & FLOW_ARMED))
-		flow_arm(&answer->key);
-	if (answer->key.proto == IPPROTO_UDP)
-		return flow_pending(flow) ? flow_confirm(&answer->key, flow) : DROP_NONE;
+		flow_arm(&key);
+	if (key.proto == IPPROTO_UDP)
+		return flow_pending(flow) ? flow_confirm(&key, flow) : DROP_NONE;
 	if (!read_segment(skb, answer, &segment))
 		return DROP_NONE;
 	confirmed = flow->state == FLOW_PROVISIONAL && !(segment.flags & TCP_RST);
@@ -160,7 +167,7 @@ __noinline int note_answer(struct __sk_buff *skb, struct answer *answer)
 		flow_syn_ack(flow, &segment);
 	else
 		flow_from_pod(flow, &segment);
-	return confirmed ? flow_confirm(&answer->key, flow) : DROP_NONE;
+	return confirmed ? flow_confirm(&key, flow) : DROP_NONE;
 }
 
 static __always_inline __u32 check_offset(const struct packet *packet)

@@ -233,12 +233,12 @@ __noinline int deliver(struct xdp_md *ctx, const struct packet *packet,
 	if (!error && packet->proto == IPPROTO_TCP && !(packet->flags & PACKET_LATER_FRAGMENT) &&
 	    !client_segment(ctx, packet, &segment))
 		return xdp_drop(DROP_MALFORMED);
-	pod = *target;
+	pod = *target; /* before Linux 6.4, an argument cannot be a map's key */
 	flow = flow_find(&key, bpf_ktime_get_coarse_ns());
 	if (error && (!flow || flow_closed(flow)))
 		return xdp_drop(DROP_ICMP_UNRELATED);
 	if (!error && begins(flow, &segment, packet->proto)) {
-		drop = admit(&key, target, hash, segment.flags);
+		drop = admit(&key, &pod, hash, segment.flags);
 		TRACE(flow_state, flow_first_state(packet->proto, segment.flags));
 	} else if (flow) {
 		pod.address = flow->pod;

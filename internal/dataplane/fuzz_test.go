@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package dataplane
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+
+	"github.com/cilium/ebpf"
+)
+
+// newBothRoles is a node with both roles: services on workers by both modes,
+// and Pods of its own.
+func newBothRoles(t testing.TB) *network {
+	t.Helper()
+	n := newNetwork(t, func(c *bpfConfig) {
+		c.Backend, c.Tag = 1, testTag
+		c.IdleTcpNs, c.IdleUdpNs, c.IdleClosingNs = 1e9, 1e9, 1e9
+	})
+	row := n.hop(ingress, 1500, 0)
+	for _, family := range []struct{ vip, pod, worker netip.Addr }{{vip4, pod4, worker4}, {vip6, pod6, worker6}} {
+		geneve := n.backend(bpfModeMODE_GENEVE, netip.AddrPortFrom(family.pod, podPort), family.worker, row)
+		ipip := n.backend(bpfModeMODE_IPIP, netip.AddrPortFrom(family.worker, 80), family.worker, row)
+		local := netip.AddrPortFrom(family.pod.Next(), podPort)
+		here := n.backend(bpfModeMODE_LOCAL, local, netip.IPv4Unspecified(), 0)
+		for _, proto := range []uint8{protoTCP, protoUDP} {
+			n.service(family.vip, 80, proto, geneve, ipip, here)
+			n.pod(local, proto, netip.AddrPortFrom(family.vip, 80))
+			n.pod(netip.AddrPortFrom(family.pod, podPort), proto, netip.AddrPortFrom(family.vip, 80))
+		}
+	}
+	for _, p := range []netip.Prefix{netip.PrefixFrom(worker4, 32), netip.PrefixFrom(worker6, 128)} {
+		n.put(n.LbNodes, lbNodeKey(p), uint32(0)) // another LB node sends from there
+	}
+	return n
+}
+
+// seeds are frames of every kind, to be mutilated.
+func seeds() [][]byte {
+	var all [][]byte
+	for _, p := range paths {
+		for _, kind := range []string{"tcp", "syn", "udp"} {
+			inner := p.packet(kind, []byte("some data"))
+			all = append(all, fromRouter(inner), fromRouter(inner, 5), fromRouter(inner, 5, 6))
+			outer := p.wrapped(inner, p.hash(inner.proto), 1)
+			outer.src, outer.dst = p.tunnel, p.node
+			all = append(all, fromRouter(outer))
+			fragment := inner
+			fragment.frag = 0x2000
+			all = append(all, fromRouter(fragment))
+		}
+		all = append(all, fromRouter(p.complaint(p.answer())))
+		request := byte(8)
+		if p.vip.Is6() {
+			request = 128
+		}
+		all = append(all, fromRouter(ipPacket{src: p.client, dst: p.vip, proto: icmpProto(p.vip), ttl: 9,
+			payload: icmpMessage(p.client, p.vip, request, 0, 1, []byte("ping"))}))
+	}
+	return all
+}
+
+// harmless says what is wrong with what the program made of a frame, if
+// anything: it sends to known workers, as the VIP to whoever sent the frame,
+// or hands to a Pod of this node; else it leaves the frame as it was.
+func harmless(in, out []byte, action uint32) error {
+	switch action {
+	case xdpDrop:
+		return nil
+	case xdpPass:
+		if bytes.Equal(in, out) {
+			return nil
+		}
+		dst, err := destination(out)
+		if err == nil && dst != pod4 && dst != pod6 && dst != pod4.Next() && dst != pod6.Next() {
+			err = fmt.Errorf("delivered to %s", dst)
+		}
+		return err
+	case xdpTX:
+		dst, err := destination(out)
+		if err != nil || dst == worker4 || dst == worker6 {
+			return err
+		}
+		src, err := source(out)
+		if err == nil && (src != vip4 && src != vip6 || !bytes.Contains(in, dst.AsSlice())) {
+			err = fmt.Errorf("sent from %s to %s", src, dst)
+		}
+		return err
+	}
+	return fmt.Errorf("action %d", action)
+}
+
+func network3(frame []byte) ([]byte, error) {
+	for at := 12; at+2 <= len(frame); at += 4 {
+		kind := binary.BigEndian.Uint16(frame[at:])
+		if kind == etherVLAN || kind == etherQinQ {
+			continue
+		}
+		packet := frame[at+2:]
+		if kind == etherIPv4 && len(packet) >= 20 || kind == etherIPv6 && len(packet) >= 40 {
+			return packet, nil
+		}
+		break
+	}
+	return nil, errors.New("what was made is no IP packet")
+}
+
+func destination(frame []byte) (netip.Addr, error) {
+	packet, err := network3(frame)
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	if packet[0]>>4 == 4 {
+		return netip.AddrFrom4([4]byte(packet[16:20])), nil
+	}
+	return netip.AddrFrom16([16]byte(packet[24:40])), nil
+}
+
+func source(frame []byte) (netip.Addr, error) {
+	packet, err := network3(frame)
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	if packet[0]>>4 == 4 {
+		return netip.AddrFrom4([4]byte(packet[12:16])), nil
+	}
+	return netip.AddrFrom16([16]byte(packet[8:24])), nil
+}
+
+// attack gives a frame to the program and fails when what it does is harmful.
+func (n *network) attack(frame []byte) {
+	n.t.Helper()
+	options := ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256)}
+	action, err := n.FairleadXdp.Run(&options)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if err := harmless(frame, options.DataOut, action); err != nil {
+		n.t.Fatalf("%v\nfrom\n%sto\n%s", err, hex.Dump(frame), hex.Dump(options.DataOut))
+	}
+}
+
+// Frames that are nearly right do no harm either. Most mutations are of a few
+// bytes, so that they get far before something is noticed.
+func TestMutilatedFrames(t *testing.T) {
+	n := newBothRoles(t)
+	random := rand.New(rand.NewPCG(11, 12))
+	all := seeds()
+	for _, frame := range all {
+		n.attack(frame)
+	}
+	for range 100_000 {
+		frame := bytes.Clone(all[random.IntN(len(all))])
+		for range 1 + random.IntN(4) {
+			at := 12 + random.IntN(len(frame)-12)
+			switch random.IntN(3) {
+			case 0:
+				frame[at] = byte(random.Uint32())
+			case 1:
+				frame[at] ^= 1 << random.IntN(8)
+			case 2:
+				frame[at] = []byte{0, 1, 0x7f, 0x80, 0xff}[random.IntN(5)]
+			}
+		}
+		if random.IntN(4) == 0 {
+			frame = frame[:14+random.IntN(len(frame)-13)]
+		}
+		n.attack(frame)
+	}
+}
+
+func FuzzPacket(f *testing.F) {
+	n := newBothRoles(f)
+	for _, frame := range seeds() {
+		f.Add(frame)
+	}
+	f.Fuzz(func(t *testing.T, frame []byte) {
+		if len(frame) < 14 || len(frame) > 3000 {
+			return // no frame that the kernel's test run takes
+		}
+		at := *n
+		at.t = t
+		at.attack(frame)
+	})
+}
