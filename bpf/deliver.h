@@ -104,8 +104,8 @@ static __always_inline bool begins(const struct flow *flow, const struct segment
 }
 
 /* Destination VIP:port becomes Pod:port, with the checksums. */
-static __always_inline bool translate_client(struct xdp_md *ctx, const struct packet *packet,
-					     const struct pod_key *pod)
+static __noinline bool translate_client(struct xdp_md *ctx, const struct packet *packet,
+					const struct pod_key *pod)
 {
 	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
 	void *l3 = data + (packet->l3 & OFFSET_MASK), *l4 = data + (packet->l4 & OFFSET_MASK);

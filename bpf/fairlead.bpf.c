@@ -20,13 +20,13 @@ __noinline int unusual(struct xdp_md *ctx, struct packet *packet, int err)
 		return reply_echo(ctx, packet);
 	if (!err && packet->flags & PACKET_ICMP_ERROR)
 		err = quoted_flow(ctx, packet);
-	if (!err && packet->flags & PACKET_LATER_FRAGMENT)
+	else if (!err && packet->flags & PACKET_LATER_FRAGMENT)
 		err = recall_fragment(packet);
 	if (!err && packet->proto != IPPROTO_TCP && packet->proto != IPPROTO_UDP)
 		err = DROP_PROTOCOL;
 	if (err)
 		return xdp_drop(err);
-	if (packet->flags & PACKET_FIRST_FRAGMENT)
+	if (packet->flags & PACKET_FIRST_FRAGMENT && !(packet->flags & PACKET_ICMP_ERROR))
 		remember_fragment(packet);
 	return CONTINUE;
 }

@@ -134,8 +134,8 @@ static const __u8 no_flow[sizeof(struct flow)];
 
 /* Makes the entry of a flow that has none, for the Pod that was named. Until
  * `seen` is there, which comes last, flow_find does not see it. */
-static __noinline int flow_make(const struct flow_key *key, const struct pod_key *target,
-				__u64 hash, __u8 state)
+static __always_inline int flow_make(const struct flow_key *key, const struct pod_key *target,
+				     __u64 hash, __u8 state)
 {
 	struct flow *flow;
 

@@ -56,6 +56,9 @@ __noinline int quoted_flow(struct xdp_md *ctx, struct packet *packet)
 
 	if (!packet || packet->l4 + ICMP_BYTES > OFFSET_MASK)
 		return DROP_MALFORMED;
+	/* What it quotes may be in another fragment, or be made up. */
+	if (packet->flags & PACKET_FIRST_FRAGMENT)
+		return DROP_ICMP_UNRELATED;
 	type = packet->family == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
 	if (parse_quoted(data, data_end, (packet->l4 + ICMP_BYTES) & OFFSET_MASK, type, &quoted))
 		return DROP_MALFORMED;
@@ -69,13 +72,27 @@ __noinline int quoted_flow(struct xdp_md *ctx, struct packet *packet)
 	return 0;
 }
 
+/* Nothing is answered to groups or to nobody, and no error about an error (RFC
+ * 1122, 4443). */
+static __always_inline bool may_reply(const struct packet *packet)
+{
+	__u32 first = bpf_ntohl(packet->family == 4 ? packet->src.w[3] : packet->src.w[0]);
+
+	if (packet->flags & (PACKET_ICMP_ERROR | PACKET_LATER_FRAGMENT))
+		return false;
+	if (packet->family == 4)
+		return first >> 24 != 0 && first >> 24 != 127 && first >> 28 < 14;
+	return first >> 24 != 0xff &&
+	       (first | packet->src.w[1] | packet->src.w[2] | packet->src.w[3]);
+}
+
 /* Answers an echo request to a VIP in its own frame. */
 __noinline int reply_echo(struct xdp_md *ctx, const struct packet *packet)
 {
 	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
 	struct icmp *icmp;
 
-	if (!packet || packet->flags & PACKET_FIRST_FRAGMENT)
+	if (!packet || packet->flags & PACKET_FIRST_FRAGMENT || !may_reply(packet))
 		return xdp_drop(DROP_PROTOCOL);
 	icmp = data + (packet->l4 & OFFSET_MASK);
 	if ((void *)(icmp + 1) > data_end || data + sizeof(struct ethhdr) > data_end)
@@ -109,19 +126,6 @@ __noinline int reply_echo(struct xdp_md *ctx, const struct packet *packet)
 	count_event(EVENT_ECHO_REPLY);
 	TRACE(verdict, VERDICT_REPLY);
 	return XDP_TX;
-}
-
-/* Errors are never sent about errors, to groups, or to nobody (RFC 1122, 4443). */
-static __always_inline bool may_reply(const struct packet *packet)
-{
-	__u32 first = bpf_ntohl(packet->family == 4 ? packet->src.w[3] : packet->src.w[0]);
-
-	if (packet->flags & (PACKET_ICMP_ERROR | PACKET_LATER_FRAGMENT))
-		return false;
-	if (packet->family == 4)
-		return first >> 24 != 0 && first >> 24 != 127 && first >> 28 < 14;
-	return first >> 24 != 0xff &&
-	       (first | packet->src.w[1] | packet->src.w[2] | packet->src.w[3]);
 }
 
 /* Cuts the packet to what is quoted and makes room for the headers before it. */
