@@ -173,7 +173,7 @@ static __noinline void flow_arm(const struct flow_key *key)
 
 /* Moves an entry from `pending` to `flows`. Until `state` is there, which comes
  * last, flow_find does not see it. */
-static __noinline int flow_confirm(const struct flow_key *key, const struct flow *from)
+static __always_inline int flow_confirm(const struct flow_key *key, const struct flow *from)
 {
 	struct flow *flow = bpf_map_lookup_elem(&flows, key);
 	long err;
