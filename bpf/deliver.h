@@ -163,19 +163,15 @@ static __noinline bool translate_error(struct xdp_md *ctx, const struct packet *
 {
 	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
 	__u32 from, to;
-	struct packet quoted;
 	struct icmp *icmp;
-	__be16 type, *port;
+	__be16 *port;
 	__u32 l3;
 
 	if (!packet || !vip || !pod || packet->l4 > OFFSET_MASK)
 		return false;
-	type = packet->family == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
 	l3 = (packet->l4 + sizeof(*icmp)) & OFFSET_MASK;
-	if (parse_quoted(data, data_end, l3, type, &quoted))
-		return false;
 	icmp = data + (packet->l4 & OFFSET_MASK);
-	port = data + (quoted.l4 & OFFSET_MASK);
+	port = data + (packet->quoted & OFFSET_MASK);
 	if ((void *)(icmp + 1) > data_end || (void *)(port + 1) > data_end)
 		return false;
 	from = addr_sum(vip);
@@ -191,7 +187,7 @@ static __noinline bool translate_error(struct xdp_md *ctx, const struct packet *
 		inner->saddr = pod->address.w[3];
 		inner->check = move_sum(inner->check, from, to);
 		/* The quoted header's sum, with its checksum, has not changed. */
-		icmp->check = move_sum(icmp->check, quoted.src_port, pod->port);
+		icmp->check = move_sum(icmp->check, packet->dst_port, pod->port);
 		return true;
 	}
 	{
@@ -202,7 +198,8 @@ static __noinline bool translate_error(struct xdp_md *ctx, const struct packet *
 		__builtin_memcpy(&ip->daddr, &pod->address, sizeof(ip->daddr));
 		__builtin_memcpy(&inner->saddr, &pod->address, sizeof(inner->saddr));
 		/* Once in the pseudo-header, once in the quoted header. */
-		icmp->check = move_sum(icmp->check, 2 * from + quoted.src_port, 2 * to + pod->port);
+		icmp->check =
+			move_sum(icmp->check, 2 * from + packet->dst_port, 2 * to + pod->port);
 	}
 	return true;
 }

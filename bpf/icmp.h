@@ -69,6 +69,7 @@ __noinline int quoted_flow(struct xdp_md *ctx, struct packet *packet)
 	packet->src_port = quoted.dst_port;
 	packet->dst_port = quoted.src_port;
 	packet->proto = quoted.proto;
+	packet->quoted = quoted.l4;
 	return 0;
 }
 

@@ -80,7 +80,8 @@ struct packet {
 	__u8 flags;  /* PACKET_* */
 	__u8 tos;    /* TOS or traffic class */
 	__u8 ttl;    /* TTL or hop limit */
-	__u8 pad[3];
+	__u8 pad;
+	__u16 quoted; /* of an ICMP error: offset of the quoted transport header */
 	__u32 l3;
 	__u32 l4;
 	__u32 length; /* of IP header and payload, as the header says */

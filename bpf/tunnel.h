@@ -137,6 +137,7 @@ static __always_inline bool strip(struct xdp_md *ctx, struct packet *inner, __be
 		return false;
 	*eth = old;
 	inner->l4 -= bytes;
+	inner->quoted -= bytes;
 	inner->l3 = sizeof(*eth);
 	return true;
 }
