@@ -216,6 +216,7 @@ func TestTunnelSource(t *testing.T) {
 func TestECN(t *testing.T) {
 	const ect1, ect0, ce = 1, 2, 3
 	p := paths[0] // ipip: nothing else changes
+	n := newWorker(t)
 	for _, c := range []struct{ inner, outer, want byte }{
 		{0, 0, 0}, {0, ect0, 0}, {0, ect1, 0},
 		{ect0, 0, ect0}, {ect0, ect0, ect0}, {ect0, ect1, ect1}, {ect0, ce, ce},
@@ -224,7 +225,6 @@ func TestECN(t *testing.T) {
 	} {
 		t.Run(fmt.Sprint(c), func(t *testing.T) {
 			for _, p := range []path{paths[0], paths[1]} {
-				n := newWorker(t)
 				in := p.packet("syn", nil)
 				in.tos = in.tos&^3 | c.inner
 				outer := p.wrapped(in, 1, 1)
@@ -234,7 +234,6 @@ func TestECN(t *testing.T) {
 			}
 		})
 	}
-	n := newWorker(t)
 	in := p.packet("syn", nil)
 	in.tos = 0
 	outer := p.wrapped(in, 1, 1)
