@@ -2,7 +2,7 @@
 
 // Package v1alpha1 holds Fairlead's own objects, API group fairlead.dev: Node,
 // AddressPool and ServicePolicy. What they mean is checked where they become a
-// snapshot, in package snapshot.
+// snapshot, in package file.
 package v1alpha1
 
 const (

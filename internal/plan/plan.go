@@ -198,17 +198,20 @@ func (p *planner) pods(services []lb.Service) []lb.Pod {
 	}
 	pods := make([]lb.Pod, 0, len(found))
 	for _, pod := range found {
+		pods = append(pods, *pod)
+	}
+	slices.SortFunc(pods, func(a, b lb.Pod) int {
+		return cmp.Or(a.Target.Compare(b.Target), cmp.Compare(a.Protocol, b.Protocol))
+	})
+	for i := range pods {
+		pod := &pods[i]
 		slices.SortFunc(pod.Serves, netip.AddrPort.Compare)
 		if len(pod.Serves) > servesMax {
 			p.findings = append(p.findings, TooManyServed.At("Service "+pod.Service.String(), "endpoints",
 				"%s serves %d VIPs and ports", pod.Target, len(pod.Serves)))
 			pod.Serves = pod.Serves[:servesMax]
 		}
-		pods = append(pods, *pod)
 	}
-	slices.SortFunc(pods, func(a, b lb.Pod) int {
-		return cmp.Or(a.Target.Compare(b.Target), cmp.Compare(a.Protocol, b.Protocol))
-	})
 	return pods
 }
 
