@@ -8,17 +8,6 @@
 #include "maps.h"
 #include <stdbool.h>
 
-/* TRACE(field, value): note it, when tracing. */
-#define TRACE(field, value)                                                                        \
-	do {                                                                                       \
-		if (config.tracing) {                                                              \
-			__u32 trace_at = 0;                                                        \
-			struct trace *trace_to = bpf_map_lookup_elem(&traces, &trace_at);          \
-			if (trace_to)                                                              \
-				trace_to->field = (value);                                         \
-		}                                                                                  \
-	} while (0)
-
 /* TRACING(statements): those that write to the trace `to`, when tracing. One
  * check for several fields: each costs a load even where nothing is traced. */
 #define TRACING(...)                                                                               \
@@ -32,15 +21,8 @@
 		}                                                                                  \
 	} while (0)
 
-#define TRACE_STEP(step)                                                                           \
-	do {                                                                                       \
-		if (config.tracing) {                                                              \
-			__u32 trace_at = 0;                                                        \
-			struct trace *trace_to = bpf_map_lookup_elem(&traces, &trace_at);          \
-			if (trace_to)                                                              \
-				trace_to->steps |= (step);                                         \
-		}                                                                                  \
-	} while (0)
+#define TRACE(field, value) TRACING(to->field = (value))
+#define TRACE_STEP(step) TRACING(to->steps |= (step))
 
 static __always_inline void count_event(__u32 event)
 {

@@ -17,12 +17,6 @@ static __always_inline __u32 addr_sum(const struct addr *a)
 	return add_words((const __u16 *)a, sizeof(*a) / 2);
 }
 
-/* `check` for content that changed from one sum to another. */
-static __always_inline __u16 move_sum(__u16 check, __u32 from, __u32 to)
-{
-	return ~fold((__u16)~check + (__u16)~fold(from) + fold(to));
-}
-
 /* What a client's TCP packet tells. Returns false when it cannot be read. */
 static __always_inline bool client_segment(struct xdp_md *ctx, const struct packet *packet,
 					   struct segment *segment)
@@ -156,7 +150,7 @@ static __noinline bool translate_client(struct xdp_md *ctx, const struct packet 
 /*
  * An ICMP error about a Pod's packet: the quoted source VIP:port becomes
  * Pod:port, and so does the error's own destination. The quoted transport
- * checksum is moved where it was quoted, for those who check it.
+ * checksum stays as it was: often it is not quoted, and nobody checks it.
  */
 static __noinline bool translate_error(struct xdp_md *ctx, const struct packet *packet,
 				       const struct addr *vip, const struct pod_key *pod)

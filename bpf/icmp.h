@@ -20,9 +20,10 @@ static __always_inline __u16 fold(__u32 sum)
 	return sum + (sum >> 16);
 }
 
-static __always_inline __u16 replace_sum(__u16 check, __u16 from, __u16 to)
+/* `check` for content that changed from one sum to another. */
+static __always_inline __u16 move_sum(__u16 check, __u32 from, __u32 to)
 {
-	return ~fold((__u16)~check + (__u16)~from + to);
+	return ~fold((__u16)~check + (__u16)~fold(from) + fold(to));
 }
 
 static __always_inline __u32 add_words(const __u16 *from, int words)
@@ -107,10 +108,10 @@ __noinline int reply_echo(struct xdp_md *ctx, const struct packet *packet)
 		ip->saddr = packet->dst.w[3];
 		ip->daddr = packet->src.w[3];
 		ttl = (__u16 *)&ip->ttl;
-		ip->check = replace_sum(ip->check, *ttl, bpf_htons(REPLY_TTL << 8 | IPPROTO_ICMP));
+		ip->check = move_sum(ip->check, *ttl, bpf_htons(REPLY_TTL << 8 | IPPROTO_ICMP));
 		ip->ttl = REPLY_TTL;
 		icmp->type = ICMP_ECHO_REPLY;
-		icmp->check = replace_sum(icmp->check, bpf_htons(ICMP_ECHO << 8), 0);
+		icmp->check = move_sum(icmp->check, bpf_htons(ICMP_ECHO << 8), 0);
 	} else {
 		struct ipv6hdr *ip = data + (packet->l3 & OFFSET_MASK);
 
@@ -120,8 +121,8 @@ __noinline int reply_echo(struct xdp_md *ctx, const struct packet *packet)
 		__builtin_memcpy(&ip->daddr, &packet->src, sizeof(ip->daddr));
 		ip->hop_limit = REPLY_TTL;
 		icmp->type = ICMPV6_ECHO_REPLY;
-		icmp->check = replace_sum(icmp->check, bpf_htons(ICMPV6_ECHO << 8),
-					  bpf_htons(ICMPV6_ECHO_REPLY << 8));
+		icmp->check = move_sum(icmp->check, bpf_htons(ICMPV6_ECHO << 8),
+				       bpf_htons(ICMPV6_ECHO_REPLY << 8));
 	}
 	swap_macs(data);
 	count_event(EVENT_ECHO_REPLY);

@@ -73,7 +73,7 @@ func ReadConfig(path string) (Config, error) {
 	decoder := yaml.NewDecoder(bytes.NewReader(text))
 	decoder.KnownFields(true)
 	if err := decoder.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
-		return c, fmt.Errorf("%s: %w; correct it (ARCHITECTURE.md and `fairlead agent --help` list all fields)", path, err)
+		return c, fmt.Errorf("%s: %w; correct it (`fairlead agent --help` lists all fields)", path, err)
 	}
 	if c.Node == "" {
 		if c.Node, err = os.Hostname(); err != nil {

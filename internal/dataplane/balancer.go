@@ -3,6 +3,7 @@
 package dataplane
 
 import (
+	"cmp"
 	"fmt"
 	"math/bits"
 	"net/netip"
@@ -177,6 +178,11 @@ func sortedBackends(of map[lb.BackendID]lb.Backend) []lb.BackendID {
 	}
 	slices.SortFunc(ids, compareBackends)
 	return ids
+}
+
+func compareBackends(a, b lb.BackendID) int {
+	return cmp.Or(a.Target.Compare(b.Target), a.Tunnel.Compare(b.Tunnel), cmp.Compare(a.Mode, b.Mode),
+		cmp.Compare(a.UID, b.UID), a.Local.Compare(b.Local))
 }
 
 func (b *balancer) setBackend(want lb.Backend, hops map[netip.Addr]lb.NextHop, now time.Time) error {

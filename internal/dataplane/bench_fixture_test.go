@@ -3,13 +3,14 @@
 package dataplane
 
 import (
-	"encoding/binary"
 	"errors"
 	"net/netip"
 	"testing"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"fairlead.dev/fairlead/internal/lb"
 )
 
 // benchBalancer loads the program with both roles on, and one service of each
@@ -48,8 +49,8 @@ func benchBalancer(b *testing.B, mode bpfMode) *bpfObjects {
 			put(objects.Slots, offset+slot, uint64(first+slot%benchBackends))
 		}
 		vip := benchVIP[family]
-		bit := benchVIPBit(vip)
-		put(objects.VipBits, bit>>6, uint64(1)<<(bit&63))
+		word, mask := vipBit(vip)
+		put(objects.VipBits, word, mask)
 		put(objects.Services, bpfServiceKey{Vip: bpfAddrOf(vip)}, uint32(0))
 		for j, proto := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
 			number := uint32(1 + 2*i + j)
@@ -68,19 +69,8 @@ func benchBackend(family int, mode bpfMode, n uint32) bpfBackend {
 			tunnel = netip.AddrFrom16([16]byte{0xfd, 0, 15: byte(n)})
 		}
 	}
-	proto := uint32(unix.IPPROTO_UDP)
-	if mode == bpfModeMODE_IPIP {
-		proto = unix.IPPROTO_IPIP
-	}
-	row := bpfBackend{Address: bpfAddrOf(pod), Tunnel: bpfAddrOf(tunnel), Tag: 7, Port: swap16(8080),
-		Mode: uint8(mode), Word: uint64(bpfBackendStateBACKEND_ACTIVE)<<56 | 1}
-	row.OuterSum = 0x0045 + 0x0040 + (64 | proto<<8) + row.Tunnel.W[3]&0xffff + row.Tunnel.W[3]>>16
+	names := map[bpfMode]lb.Mode{bpfModeMODE_GENEVE: lb.ModeGeneve, bpfModeMODE_IPIP: lb.ModeIPIP}
+	row := backendRow(lb.Backend{ID: lb.BackendID{Target: netip.AddrPortFrom(pod, 8080), Tunnel: tunnel, Mode: names[mode]}}, [8]byte{7})
+	row.Word = backendWord(bpfBackendStateBACKEND_ACTIVE, 1, 1)
 	return row
-}
-
-func benchVIPBit(vip netip.Addr) uint32 {
-	a := vip.As16()
-	low, high := binary.LittleEndian.Uint64(a[:8]), binary.LittleEndian.Uint64(a[8:])
-	const mix0, mix1 uint64 = 0x9e3779b97f4a7c15, 0xc2b2ae3d27d4eb4f
-	return uint32(((low*mix0 + high) * mix1) >> (64 - 18))
 }

@@ -87,7 +87,7 @@ func (d *Dataplane) Read() (State, error) {
 	for id, f := range d.balancer.frontends {
 		s.Frontends = append(s.Frontends, d.frontendState(id, f, services, backends))
 	}
-	slices.SortFunc(s.Frontends, func(a, b FrontendState) int { return compareFrontends(a.ID, b.ID) })
+	slices.SortFunc(s.Frontends, func(a, b FrontendState) int { return a.ID.Compare(b.ID) })
 	for key, value := range d.receiver.pods {
 		s.Pods = append(s.Pods, podOf(key, value))
 	}

@@ -3,6 +3,7 @@
 package lb
 
 import (
+	"cmp"
 	"fmt"
 	"net"
 	"net/netip"
@@ -38,6 +39,11 @@ type FrontendID struct {
 // String returns e.g. "192.0.2.1:80/TCP".
 func (f FrontendID) String() string {
 	return fmt.Sprintf("%s/%s", netip.AddrPortFrom(f.VIP, f.Port), f.Protocol)
+}
+
+// Compare orders frontends by VIP, port and protocol.
+func (f FrontendID) Compare(other FrontendID) int {
+	return cmp.Or(f.VIP.Compare(other.VIP), cmp.Compare(f.Port, other.Port), cmp.Compare(f.Protocol, other.Protocol))
 }
 
 // Frontend is one VIP, port and protocol of a service, and its backends.

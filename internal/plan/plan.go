@@ -43,7 +43,7 @@ func ForNode(s lb.Snapshot, node string) (lb.Plan, []lb.Finding) {
 	for i := range s.Services {
 		p.service(&plan, &s.Services[i])
 	}
-	slices.SortFunc(plan.Frontends, func(a, b lb.Frontend) int { return compareFrontends(a.ID, b.ID) })
+	slices.SortFunc(plan.Frontends, func(a, b lb.Frontend) int { return a.ID.Compare(b.ID) })
 	if self.Backend {
 		plan.Pods = p.pods(s.Services)
 		plan.LBNodes = lbNodes(s.Nodes)
@@ -55,10 +55,6 @@ type planner struct {
 	self     *lb.Node
 	locate   *lb.Locator
 	findings []lb.Finding
-}
-
-func compareFrontends(a, b lb.FrontendID) int {
-	return cmp.Or(a.VIP.Compare(b.VIP), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol))
 }
 
 func (p *planner) service(plan *lb.Plan, s *lb.Service) {
