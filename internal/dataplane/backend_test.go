@@ -388,6 +388,9 @@ func TestErrorAboutAnAnswer(t *testing.T) {
 			want := about(p.target())
 			want.ttl--
 			_, out := n.run(frame)
+			if !icmpSumRight(out, p.pod, want.src) {
+				t.Errorf("the ICMP checksum is wrong\n%s", hex.Dump(out))
+			}
 			// The quoted transport checksum stays the VIP's: it is not checked.
 			clear(out[len(out)-6 : len(out)-4])
 			expected := fromRouter(want)
@@ -400,6 +403,15 @@ func TestErrorAboutAnAnswer(t *testing.T) {
 			}
 		})
 	}
+}
+
+// icmpSumRight sums what was sent, checksum included: nothing is left over.
+func icmpSumRight(frame []byte, dst, src netip.Addr) bool {
+	message := frame[checksumAt(dst)-2:]
+	if dst.Is4() {
+		return internetSum(message) == 0
+	}
+	return transportSum(src, dst, protoICMPv6, message) == 0
 }
 
 // checksumAt is the offset of ICMP's checksum.

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 )
 
@@ -22,12 +23,22 @@ func Cleanup(pinDir string) error {
 	}
 	var errs []error
 	for _, entry := range entries {
-		errs = append(errs, os.Remove(filepath.Join(pinDir, entry.Name())))
+		errs = append(errs, unpin(filepath.Join(pinDir, entry.Name())))
 	}
 	if err == nil {
 		errs = append(errs, os.Remove(pinDir))
 	}
 	return errors.Join(append(errs, removeFilters())...)
+}
+
+// unpin removes a pin. A link is detached first: without its pin the kernel
+// would do that too, but some time later.
+func unpin(path string) error {
+	var err error
+	if l, notLink := link.LoadPinnedLink(path, nil); notLink == nil {
+		err = errors.Join(l.Detach(), l.Close())
+	}
+	return errors.Join(err, os.Remove(path))
 }
 
 // removeFilters removes the tc filters of kernels without tcx.

@@ -73,6 +73,7 @@ type Dataplane struct {
 
 	mu       sync.Mutex
 	loaded   *objects // nil until the first Set
+	tracing  *objects // the same for Trace; nil until it is asked for
 	maps     *contents
 	balancer *balancer
 	receiver *receiver
@@ -143,6 +144,9 @@ func (d *Dataplane) Set(_ context.Context, want Desired) error {
 			return err
 		}
 		d.loaded, d.constant = fresh, constant
+		if err := d.stopTracing(); err != nil {
+			return err
+		}
 	}
 	return d.hooks.set(d.loaded, want)
 }
@@ -188,7 +192,7 @@ func (d *Dataplane) Close() error {
 	if d.loaded == nil {
 		return nil
 	}
-	err := errors.Join(d.hooks.close(), d.maps.unmap(), d.loaded.close())
+	err := errors.Join(d.stopTracing(), d.hooks.close(), d.maps.unmap(), d.loaded.close())
 	d.loaded = nil
 	return err
 }

@@ -60,12 +60,18 @@ func loadObjects(cfg Config, constant bpfConfig, balancer bool) (*objects, error
 	return o, nil
 }
 
+// mapPin names a pinned map after the layout too: what another version of the
+// agent left, whose values mean something else, is never adopted.
+func mapPin(dir, name string) string {
+	return filepath.Join(dir, fmt.Sprintf("%s-v%d", name, layoutVersion))
+}
+
 // adoptMaps opens the pinned maps that are still of the right shape. Others
 // are replaced: their flows are lost, which is said.
 func adoptMaps(cfg Config, spec *ebpf.CollectionSpec) (map[string]*ebpf.Map, error) {
 	reuse := map[string]*ebpf.Map{}
 	for _, name := range kept {
-		path := filepath.Join(cfg.PinDir, name)
+		path := mapPin(cfg.PinDir, name)
 		m, err := ebpf.LoadPinnedMap(path, nil)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -87,7 +93,7 @@ func adoptMaps(cfg Config, spec *ebpf.CollectionSpec) (map[string]*ebpf.Map, err
 
 func (o *objects) pinMaps(dir string) error {
 	for name, m := range map[string]*ebpf.Map{"flows": o.Flows, "pending": o.Pending, "fragments": o.Fragments, "pods": o.Pods} {
-		path := filepath.Join(dir, name)
+		path := mapPin(dir, name)
 		if _, err := os.Stat(path); err == nil {
 			continue
 		}

@@ -46,13 +46,10 @@ func (d *Dataplane) Trace(frame []byte, ifindex int) (Trace, error) {
 	if len(frame) < 14 {
 		return Trace{}, fmt.Errorf("trace a frame of %d bytes: Ethernet has 14 at least", len(frame))
 	}
-	constant := d.constant
-	constant.Tracing = 1
-	tracing := &objects{spec: d.loaded.spec}
-	if err := tracing.loadWith(constant, d.loaded.shared()); err != nil {
+	if err := d.startTracing(); err != nil {
 		return Trace{}, err
 	}
-	defer tracing.close()
+	tracing := d.tracing
 	if err := tracing.Traces.Put(uint32(0), bpfTrace{}); err != nil {
 		return Trace{}, fmt.Errorf("clear the trace: %w", err)
 	}
@@ -73,6 +70,31 @@ func (d *Dataplane) Trace(frame []byte, ifindex int) (Trace, error) {
 		t.Target = netip.AddrPortFrom(addrOf(row.Address), swap16(row.Port))
 	}
 	return t, nil
+}
+
+// startTracing loads the tracing program, which takes a while, for this trace
+// and those after it.
+func (d *Dataplane) startTracing() error {
+	if d.tracing != nil {
+		return nil
+	}
+	constant := d.constant
+	constant.Tracing = 1
+	tracing := &objects{spec: d.loaded.spec}
+	if err := tracing.loadWith(constant, d.loaded.shared()); err != nil {
+		return err
+	}
+	d.tracing = tracing
+	return nil
+}
+
+func (d *Dataplane) stopTracing() error {
+	if d.tracing == nil {
+		return nil
+	}
+	err := d.tracing.close()
+	d.tracing = nil
+	return err
 }
 
 func decodeTrace(raw bpfTrace, action uint32, out []byte) Trace {

@@ -49,8 +49,10 @@ func serviceKey(id lb.FrontendID) bpfServiceKey {
 // vipKey says that an address is a VIP, whatever the port and protocol.
 func vipKey(vip netip.Addr) bpfServiceKey { return bpfServiceKey{Vip: bpfAddrOf(vip)} }
 
-// The layout of the words is in bpf/fairlead.h.
+// The layout of the words, and what else Go has to know of bpf/fairlead.h that
+// the compiled programs do not tell. A test compares each with its C twin.
 const (
+	layoutVersion     = 1
 	serviceBitsShift  = 32
 	serviceFlagsShift = 40
 	generationShift   = 32

@@ -163,8 +163,9 @@ func TestBothRolesOnOneNode(t *testing.T) {
 	}
 }
 
-// A changed file takes effect while traffic flows; a bad one changes nothing;
-// an agent that is killed stops nothing, and one that starts again adopts.
+// A changed file takes effect; a bad one changes nothing; agents that are
+// killed stop nothing, and ones that start again adopt, also for connections
+// that were open all the while.
 func TestChangesAndCrashes(t *testing.T) {
 	n := network(t, testnet.DefaultNodes(), nil, func(n *testnet.Network) testnet.Service {
 		s := web(n)
@@ -186,6 +187,15 @@ func TestChangesAndCrashes(t *testing.T) {
 	}
 	must(t, os.Remove(n.ObjectsDir()+"/bad.yaml"))
 
+	var open []net.Conn
+	for range 20 {
+		for _, vip := range both {
+			c, err := dial(n.Client, "tcp", vip, 80)
+			must(t, err)
+			defer c.Close()
+			open = append(open, c)
+		}
+	}
 	for _, node := range n.Nodes {
 		node.AgentProcess().Kill()
 	}
@@ -196,6 +206,14 @@ func TestChangesAndCrashes(t *testing.T) {
 	requests(t, n, 100, 8)
 	must(t, n.WaitProgrammed(8, 30*time.Second))
 	requests(t, n, 100, 8)
+	for _, c := range open {
+		must(t, c.SetDeadline(time.Now().Add(patience)))
+		_, err := fmt.Fprintln(c, "who")
+		must(t, err)
+		if _, err := readLine(c); err != nil {
+			t.Errorf("a connection that was open all the while: %v", err)
+		}
+	}
 }
 
 // Nothing that a stranger, a client or a Pod sends into a tunnel is delivered.
