@@ -216,10 +216,16 @@ static __always_inline int wrap_geneve(struct xdp_md *ctx, const struct packet *
 	return 0;
 }
 
+/* Whether the outer header is IPv4: only that one has a sum. */
+static __always_inline bool outer_v4(const struct backend *backend)
+{
+	return backend->outer_sum;
+}
+
 /* Bytes that the tunnel adds to the L3 packet. */
 static __always_inline __u32 overhead(const struct packet *packet, const struct backend *backend)
 {
-	__u32 bytes = is_v4(&backend->tunnel) ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
+	__u32 bytes = outer_v4(backend) ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
 
 	if (backend->mode == MODE_GENEVE)
 		bytes += sizeof(struct geneve_outer) + (packet->family == 4 ? 4 : 16);
@@ -229,7 +235,7 @@ static __always_inline __u32 overhead(const struct packet *packet, const struct 
 static __always_inline int wrap(struct xdp_md *ctx, const struct packet *packet,
 				const struct choice *choice, const struct next_hop *hop)
 {
-	bool v4 = is_v4(&choice->backend->tunnel);
+	bool v4 = outer_v4(choice->backend);
 
 	if (choice->backend->mode == MODE_IPIP)
 		return wrap_ipip(ctx, packet, choice, hop, v4);
