@@ -19,6 +19,8 @@ const (
 	etherVLAN = 0x8100
 	etherQinQ = 0x88a8
 
+	tcpFIN = 1
+	tcpRST = 4
 	tcpSYN = 0x02
 	tcpACK = 0x10
 )

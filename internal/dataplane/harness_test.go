@@ -120,6 +120,7 @@ func perCPU(t testing.TB, m *ebpf.Map, key uint32) (sum uint64) {
 type network struct {
 	t testing.TB
 	bpfObjects
+	config                          bpfConfig
 	services, backends, hops, slots uint32
 }
 
@@ -146,7 +147,7 @@ func newNetwork(t testing.TB, edit func(*bpfConfig)) *network {
 			spec.Programs[name].Instructions = asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}
 		}
 	}
-	n := &network{t: t, services: 1, backends: 1, hops: 1}
+	n := &network{t: t, config: config, services: 1, backends: 1, hops: 1}
 	if err := spec.LoadAndAssign(&n.bpfObjects, nil); err != nil {
 		t.Fatalf("%+v", err)
 	}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package model
+
+import (
+	"math/bits"
+	"net/netip"
+	"time"
+)
+
+// balance decides about a packet to a VIP at the LB node.
+func (n *Node) balance(frame []byte, p packet, now time.Duration) Decision {
+	p, reason := p.parseTransport(frame, false)
+	if reason == "" && p.l3+p.length > len(frame) {
+		reason = malformed
+	}
+	switch {
+	case reason != "":
+	case p.echo:
+		if p.first || !p.mayReply() {
+			return dropped(Decision{}, wrongProtocol)
+		}
+		return Decision{Verdict: Reply}
+	case p.icmpError:
+		p, reason = p.quotedFlow(frame)
+	case p.later:
+		p, reason = n.recall(p, now)
+	}
+	if reason == "" && p.proto != TCP && p.proto != UDP {
+		reason = wrongProtocol
+	}
+	if reason != "" {
+		return dropped(Decision{}, reason)
+	}
+	if p.first && !p.icmpError {
+		n.remember(p, now)
+	}
+	return n.choose(frame, p, now)
+}
+
+// choose finds the service and the slot's backend; one that is gone is stood
+// in for by the next slot's that is not.
+func (n *Node) choose(frame []byte, p packet, now time.Duration) Decision {
+	service, ok := n.Services[Front{p.dst, p.proto}]
+	if !ok {
+		if p.icmpError {
+			return dropped(Decision{}, icmpUnrelated)
+		}
+		return dropped(Decision{}, noService)
+	}
+	d := Decision{Service: service.Number, Hash: n.hash(p)}
+	if len(service.Slots) == 0 {
+		return dropped(d, noBackend)
+	}
+	d.Slot = uint32(d.Hash >> (64 - bits.TrailingZeros(uint(len(service.Slots)))))
+	for i := range uint32(1 + standInsMax) {
+		slot := (d.Slot + i) % uint32(len(service.Slots))
+		number := service.Slots[slot]
+		if backend := n.Backends[number]; backend.Usable {
+			d.Slot, d.Backend = slot, number
+			return n.send(frame, p, backend, d, now)
+		}
+	}
+	return dropped(d, noBackend)
+}
+
+func (n *Node) hash(p packet) uint64 {
+	return n.Key.Hash(p.src.Addr(), p.dst.Addr(), p.src.Port(), p.dst.Port(), p.proto)
+}
+
+// send decides whether the packet can go to the backend that was chosen.
+func (n *Node) send(frame []byte, p packet, b Backend, d Decision, now time.Duration) Decision {
+	if b.Mode == Local {
+		return n.deliver(frame, p, Target{b.Target, p.proto}, d, now)
+	}
+	length := p.length + b.Outer
+	switch {
+	case p.ttl <= 1 && p.mayReply(), p.ttl > 1 && b.MTU > 0 && length > b.MTU && p.mayReply():
+		d.Verdict = Reply
+	case p.ttl <= 1:
+		return dropped(d, ttl)
+	case b.MTU == 0:
+		return dropped(d, noNextHop)
+	case length > b.MTU:
+		return dropped(d, tooBig)
+	default:
+		d.Verdict = Forward
+	}
+	return d
+}
+
+type fragmentKey struct {
+	src, dst netip.Addr
+	id       uint32
+	proto    uint8
+}
+
+type fragmentPorts struct {
+	src, dst uint16
+	seen     time.Duration
+}
+
+func (p packet) fragmentKey() fragmentKey {
+	return fragmentKey{p.src.Addr(), p.dst.Addr(), p.id, p.proto}
+}
+
+// remember keeps the ports of a first fragment for the later ones.
+func (n *Node) remember(p packet, now time.Duration) {
+	if n.fragments == nil {
+		n.fragments = map[fragmentKey]fragmentPorts{}
+	}
+	n.fragments[p.fragmentKey()] = fragmentPorts{p.src.Port(), p.dst.Port(), now}
+}
+
+// recall fills in the ports of a later fragment.
+func (n *Node) recall(p packet, now time.Duration) (packet, Reason) {
+	ports, ok := n.fragments[p.fragmentKey()]
+	if !ok || now-ports.seen > fragmentAge {
+		return p, fragmentUnknown
+	}
+	p.src = netip.AddrPortFrom(p.src.Addr(), ports.src)
+	p.dst = netip.AddrPortFrom(p.dst.Addr(), ports.dst)
+	return p, ""
+}
