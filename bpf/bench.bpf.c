@@ -25,6 +25,7 @@ volatile const __u32 frame_length;  /* a multiple of 8 */
 volatile const __u32 client_offset; /* of the last 4 bytes of the client's address */
 volatile const __u32 port_offset;
 volatile const __u32 flow_count;
+volatile const __u32 partial_sum; /* of IPv4's header without client and sum; 0: IPv6 */
 
 __u32 turn;
 
@@ -34,6 +35,8 @@ int generate(struct xdp_md *ctx)
 	long grown = (void *)(long)ctx->data_end - (void *)(long)ctx->data - (long)frame_length;
 	/* Spreads neighbouring turns over the flows, so that no cache is warm by order. */
 	__u32 flow = (turn++ * 2654435761U) % flow_count;
+	__be32 client;
+	__u32 sum;
 	__u64 *to;
 
 	if (grown && bpf_xdp_adjust_head(ctx, grown))
@@ -43,7 +46,13 @@ int generate(struct xdp_md *ctx)
 		return XDP_ABORTED;
 	for (__u32 i = 0; i < frame_length / 8; i++)
 		to[i] = ((const volatile __u64 *)frame)[i];
-	*(__be32 *)((void *)to + client_offset) = bpf_htonl(0x0a000000 + (flow >> 12));
+	client = bpf_htonl(0xac100000 + (flow >> 12));
+	*(__be32 *)((void *)to + client_offset) = client;
+	if (partial_sum) {
+		sum = partial_sum + (client & 0xffff) + (client >> 16);
+		sum = (sum & 0xffff) + (sum >> 16);
+		*(__u16 *)((void *)to + client_offset - 2) = ~((sum & 0xffff) + (sum >> 16));
+	}
 	*(__be16 *)((void *)to + port_offset) = bpf_htons(1024 + (flow & 0xfff));
 	bpf_tail_call(ctx, &target, 0);
 	return XDP_ABORTED;
@@ -53,6 +62,35 @@ SEC("xdp.frags")
 int nothing(struct xdp_md *ctx)
 {
 	return XDP_TX;
+}
+
+/* What came out at the other end of live frames. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, 1);
+} received SEC(".maps");
+
+SEC("xdp.frags")
+int sink(struct xdp_md *ctx)
+{
+	struct ethhdr *eth = (void *)(long)ctx->data;
+	__u32 at = 0;
+	__u64 *n = bpf_map_lookup_elem(&received, &at);
+
+	if ((void *)(eth + 1) > (void *)(long)ctx->data_end || eth->h_proto != bpf_htons(ETH_P_IP))
+		return XDP_PASS;
+	if (n)
+		(*n)++;
+	return XDP_DROP;
+}
+
+/* A veth takes frames from XDP at its other end only if it has a program. */
+SEC("xdp.frags")
+int pass(struct xdp_md *ctx)
+{
+	return XDP_PASS;
 }
 
 static __always_inline void add(void *map, __u32 number, __u32 bytes)

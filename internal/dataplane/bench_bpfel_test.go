@@ -26,6 +26,7 @@ const (
 	benchMapNextHops        = "next_hops"
 	benchMapPending         = "pending"
 	benchMapPods            = "pods"
+	benchMapReceived        = "received"
 	benchMapServiceCounters = "service_counters"
 	benchMapServiceWords    = "service_words"
 	benchMapServices        = "services"
@@ -35,12 +36,15 @@ const (
 	benchMapVipBits         = "vip_bits"
 	benchProgGenerate       = "generate"
 	benchProgNothing        = "nothing"
+	benchProgPass           = "pass"
 	benchProgPrototype      = "prototype"
+	benchProgSink           = "sink"
 	benchVarClientOffset    = "client_offset"
 	benchVarConfig          = "config"
 	benchVarFlowCount       = "flow_count"
 	benchVarFrame           = "frame"
 	benchVarFrameLength     = "frame_length"
+	benchVarPartialSum      = "partial_sum"
 	benchVarPortOffset      = "port_offset"
 	benchVarTurn            = "turn"
 )
@@ -89,7 +93,9 @@ type benchSpecs struct {
 type benchProgramSpecs struct {
 	Generate  *ebpf.ProgramSpec `ebpf:"generate"`
 	Nothing   *ebpf.ProgramSpec `ebpf:"nothing"`
+	Pass      *ebpf.ProgramSpec `ebpf:"pass"`
 	Prototype *ebpf.ProgramSpec `ebpf:"prototype"`
+	Sink      *ebpf.ProgramSpec `ebpf:"sink"`
 }
 
 // benchMapSpecs contains maps before they are loaded into the kernel.
@@ -106,6 +112,7 @@ type benchMapSpecs struct {
 	NextHops        *ebpf.MapSpec `ebpf:"next_hops"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Pods            *ebpf.MapSpec `ebpf:"pods"`
+	Received        *ebpf.MapSpec `ebpf:"received"`
 	ServiceCounters *ebpf.MapSpec `ebpf:"service_counters"`
 	ServiceWords    *ebpf.MapSpec `ebpf:"service_words"`
 	Services        *ebpf.MapSpec `ebpf:"services"`
@@ -124,6 +131,7 @@ type benchVariableSpecs struct {
 	FlowCount    *ebpf.VariableSpec `ebpf:"flow_count"`
 	Frame        *ebpf.VariableSpec `ebpf:"frame"`
 	FrameLength  *ebpf.VariableSpec `ebpf:"frame_length"`
+	PartialSum   *ebpf.VariableSpec `ebpf:"partial_sum"`
 	PortOffset   *ebpf.VariableSpec `ebpf:"port_offset"`
 	Turn         *ebpf.VariableSpec `ebpf:"turn"`
 }
@@ -158,6 +166,7 @@ type benchMaps struct {
 	NextHops        *ebpf.Map `ebpf:"next_hops"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Pods            *ebpf.Map `ebpf:"pods"`
+	Received        *ebpf.Map `ebpf:"received"`
 	ServiceCounters *ebpf.Map `ebpf:"service_counters"`
 	ServiceWords    *ebpf.Map `ebpf:"service_words"`
 	Services        *ebpf.Map `ebpf:"services"`
@@ -179,6 +188,7 @@ func (m *benchMaps) Close() error {
 		m.NextHops,
 		m.Pending,
 		m.Pods,
+		m.Received,
 		m.ServiceCounters,
 		m.ServiceWords,
 		m.Services,
@@ -198,6 +208,7 @@ type benchVariables struct {
 	FlowCount    *ebpf.Variable `ebpf:"flow_count"`
 	Frame        *ebpf.Variable `ebpf:"frame"`
 	FrameLength  *ebpf.Variable `ebpf:"frame_length"`
+	PartialSum   *ebpf.Variable `ebpf:"partial_sum"`
 	PortOffset   *ebpf.Variable `ebpf:"port_offset"`
 	Turn         *ebpf.Variable `ebpf:"turn"`
 }
@@ -208,14 +219,18 @@ type benchVariables struct {
 type benchPrograms struct {
 	Generate  *ebpf.Program `ebpf:"generate"`
 	Nothing   *ebpf.Program `ebpf:"nothing"`
+	Pass      *ebpf.Program `ebpf:"pass"`
 	Prototype *ebpf.Program `ebpf:"prototype"`
+	Sink      *ebpf.Program `ebpf:"sink"`
 }
 
 func (p *benchPrograms) Close() error {
 	return _BenchClose(
 		p.Generate,
 		p.Nothing,
+		p.Pass,
 		p.Prototype,
+		p.Sink,
 	)
 }
 

@@ -159,12 +159,16 @@ func benchGenerator(b *testing.B, objects *bpfObjects, frame []byte, family, flo
 	}
 	var room [128]uint8
 	copy(room[:], frame)
-	client, port := uint32(14+12), uint32(14+20)
+	client, port, sum := uint32(14+12), uint32(14+20), uint32(0)
 	if family == 6 {
 		client, port = 14+8+12, 14+40
+	} else {
+		for at := 14; at < 14+20; at += 2 {
+			sum += uint32(binary.NativeEndian.Uint16(frame[at:]))
+		}
 	}
 	for name, value := range map[string]any{"frame": room, "frame_length": uint32(len(frame)),
-		"client_offset": client, "port_offset": port, "flow_count": uint32(flows), "config": benchConfig()} {
+		"client_offset": client, "port_offset": port, "flow_count": uint32(flows), "partial_sum": sum, "config": benchConfig()} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			b.Fatal(err)
 		}
@@ -180,7 +184,7 @@ func benchGenerator(b *testing.B, objects *bpfObjects, frame []byte, family, flo
 		b.Fatal(err)
 	}
 	b.Cleanup(func() {
-		for _, closer := range []interface{ Close() error }{set.Generate, set.Nothing, set.Prototype, set.Target} {
+		for _, closer := range []interface{ Close() error }{set.Generate, set.Nothing, set.Prototype, set.Sink, set.Pass, set.Target, set.Received} {
 			closer.Close()
 		}
 	})
@@ -192,7 +196,10 @@ type benchObjectsSet struct {
 	Generate  *ebpf.Program `ebpf:"generate"`
 	Nothing   *ebpf.Program `ebpf:"nothing"`
 	Prototype *ebpf.Program `ebpf:"prototype"`
+	Sink      *ebpf.Program `ebpf:"sink"`
+	Pass      *ebpf.Program `ebpf:"pass"`
 	Target    *ebpf.Map     `ebpf:"target"`
+	Received  *ebpf.Map     `ebpf:"received"`
 }
 
 func benchConfig() bpfConfig {
