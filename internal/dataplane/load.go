@@ -34,7 +34,7 @@ func loadObjects(cfg Config, constant bpfConfig, balancer bool) (*objects, error
 		limits = limits.withoutBalancer()
 	}
 	for name, size := range map[string]int{
-		"services":      limits.Services + limits.Services/2, // VIPs have entries of their own
+		"services":      2 * limits.Services, // each may have a VIP of its own, which is an entry too
 		"service_words": limits.Services, "service_counters": limits.Services, "slots": limits.Slots,
 		"backends": limits.Backends, "backend_counters": limits.Backends, "next_hops": limits.NextHops,
 		"pods": limits.Pods, "flows": limits.Flows, "pending": limits.Pending, "fragments": limits.Fragments,

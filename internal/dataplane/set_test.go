@@ -279,3 +279,18 @@ func TestForeignXDPIsNotReplaced(t *testing.T) {
 		t.Errorf("Set: %v; want an error that names the program and the way out", err)
 	}
 }
+
+// As many services as limits.services says, each on a VIP of its own, fit.
+func TestAsManyServicesAsTheLimit(t *testing.T) {
+	vethNamespace(t)
+	d := openTest(t, pinDir(t), smallLimits)
+	want := desired(testPlan(1))
+	web := want.Plan.Frontends[1]
+	want.Plan.Frontends = nil
+	for i := range smallLimits.Services - 1 {
+		web.ID.VIP = netip.AddrFrom4([4]byte{198, 51, 100, byte(i)})
+		want.Plan.Frontends = append(want.Plan.Frontends, web)
+	}
+	must(t, d.Set(context.Background(), want))
+	must(t, d.Verify(want))
+}
