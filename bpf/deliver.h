@@ -40,6 +40,9 @@ static __always_inline bool client_segment(struct xdp_md *ctx, const struct pack
 	return true;
 }
 
+/* Neither delivered nor dropped: this node has no such flow, or no such Pod. */
+#define CLAIM_DENIED (-1)
+
 /* The named Pod, if it is of this node and serves this VIP. */
 static __noinline int admit(const struct flow_key *key, const struct pod_key *target, __u64 hash,
 			    __u32 tcp_flags)
@@ -50,7 +53,7 @@ static __noinline int admit(const struct flow_key *key, const struct pod_key *ta
 		return DROP_TUNNEL_POD;
 	pod = bpf_map_lookup_elem(&pods, target);
 	if (!pod)
-		return DROP_TUNNEL_POD;
+		return CLAIM_DENIED; /* not known yet */
 	if (!pod_serves(pod, &key->vip, key->vip_port))
 		return DROP_TUNNEL_VIP;
 	if (flow_conflicts(key, target, pod, bpf_ktime_get_coarse_ns()))
@@ -61,15 +64,10 @@ static __noinline int admit(const struct flow_key *key, const struct pod_key *ta
 }
 
 /* What the packet tells of the flow that it belongs to. Returns an enum drop. */
-static __noinline int note_client(const struct flow_key *key, const struct segment *segment)
+static __always_inline int note_client(const struct flow_key *key, struct flow *flow,
+				       const struct segment *segment, __u64 now)
 {
-	struct flow *flow;
-	__u64 now = bpf_ktime_get_coarse_ns();
-
-	if (!key || !segment || config.tracing)
-		return DROP_NONE;
-	flow = flow_find(key, now);
-	if (!flow)
+	if (config.tracing)
 		return DROP_NONE;
 	flow->seen = now;
 	if (!flow_pending(flow) && !(flow->fins & FLOW_ARMED))
@@ -199,22 +197,24 @@ static __noinline bool translate_error(struct xdp_md *ctx, const struct packet *
 }
 
 /*
- * Delivers a packet, in which the flow stands as the client has it (also when
- * it is an ICMP error about it). `target` is who was named. Returns an XDP
- * action.
+ * Who on this node gets a packet, in which the flow stands as the client has it
+ * (also when it is an ICMP error about it): the Pod that owns the flow, or when
+ * it is an order, the one that was named in *pod. Returns 0, CLAIM_DENIED or an
+ * enum drop.
  */
-__noinline int deliver(struct xdp_md *ctx, const struct packet *packet,
-		       const struct pod_key *target, __u64 hash)
+__noinline int claim(struct xdp_md *ctx, const struct packet *packet, struct pod_key *pod,
+		     __u64 hash, __u32 verb)
 {
+	__u64 now = bpf_ktime_get_coarse_ns();
 	struct segment segment = {};
-	struct pod_key pod;
 	struct flow_key key = {};
+	struct pod_key target;
 	struct flow *flow;
-	bool error, held;
-	int drop = DROP_NONE;
+	bool error;
+	int drop;
 
-	if (!packet || !target)
-		return xdp_drop(DROP_MALFORMED);
+	if (!packet || !pod)
+		return DROP_MALFORMED;
 	error = packet->flags & PACKET_ICMP_ERROR;
 	key.client = packet->src;
 	key.vip = packet->dst;
@@ -223,30 +223,43 @@ __noinline int deliver(struct xdp_md *ctx, const struct packet *packet,
 	key.proto = packet->proto;
 	if (!error && packet->proto == IPPROTO_TCP && !(packet->flags & PACKET_LATER_FRAGMENT) &&
 	    !client_segment(ctx, packet, &segment))
-		return xdp_drop(DROP_MALFORMED);
-	pod = *target; /* before Linux 6.4, an argument cannot be a map's key */
-	flow = flow_find(&key, bpf_ktime_get_coarse_ns());
+		return DROP_MALFORMED;
+	flow = flow_find(&key, now);
 	if (error && (!flow || flow_closed(flow)))
-		return xdp_drop(DROP_ICMP_UNRELATED);
+		return verb == VERB_ASK ? CLAIM_DENIED : DROP_ICMP_UNRELATED;
 	if (!error && begins(flow, &segment, packet->proto)) {
-		drop = admit(&key, &pod, hash, segment.flags);
+		if (verb == VERB_ASK)
+			return CLAIM_DENIED;
+		target = *pod; /* before Linux 6.4, an argument cannot be a map's key */
+		drop = admit(&key, &target, hash, segment.flags);
 		TRACE(flow_state, flow_first_state(packet->proto, segment.flags));
-	} else if (flow) {
-		pod.address = flow->pod;
-		pod.port = flow->pod_port;
-		TRACE(flow_state, flow->state);
-		TRACE_STEP(TRACE_FLOW);
-		if (!error)
-			drop = note_client(&key, &segment);
+		return drop;
 	}
-	if (drop)
-		return xdp_drop(drop);
-	TRACE(pod, pod.address);
-	TRACE(pod_port, pod.port);
-	TRACE(verdict, VERDICT_DELIVER);
-	held = same_addr(&pod.address, &packet->dst) && pod.port == packet->dst_port;
-	if (!held && !(error ? translate_error(ctx, packet, &packet->dst, &pod)
-			     : translate_client(ctx, packet, &pod)))
+	if (!flow)
+		return DROP_MALFORMED;
+	if (verb == VERB_ASK && packet->proto == IPPROTO_TCP &&
+	    !(packet->flags & (PACKET_ICMP_ERROR | PACKET_LATER_FRAGMENT)) &&
+	    !flow_claims(flow, &segment))
+		return CLAIM_DENIED;
+	pod->address = flow->pod;
+	pod->port = flow->pod_port;
+	TRACE(flow_state, flow->state);
+	TRACE_STEP(TRACE_FLOW);
+	return error ? DROP_NONE : note_client(&key, flow, &segment, now);
+}
+
+/* Hands a packet to the Pod that it was claimed for. Returns an XDP action. */
+__noinline int deliver(struct xdp_md *ctx, const struct packet *packet, const struct pod_key *pod)
+{
+	bool held;
+
+	if (!packet || !pod)
+		return xdp_drop(DROP_MALFORMED);
+	TRACING(to->pod = pod->address; to->pod_port = pod->port; to->verdict = VERDICT_DELIVER);
+	held = same_addr(&pod->address, &packet->dst) && pod->port == packet->dst_port;
+	if (!held &&
+	    !(packet->flags & PACKET_ICMP_ERROR ? translate_error(ctx, packet, &packet->dst, pod)
+						: translate_client(ctx, packet, pod)))
 		return xdp_drop(DROP_MALFORMED);
 	count_event(EVENT_DELIVERED);
 	return XDP_PASS;

@@ -129,8 +129,8 @@ static __always_inline void outer_geneve(struct geneve_outer *to, const struct p
 	geneve->option_type = OPTION_TYPE;
 	geneve->option_length = (sizeof(geneve->option) + address_len) / 4;
 	geneve->option.version = OPTION_VERSION;
-	geneve->option.verb = VERB_DELIVER;
-	geneve->option.attempt = 0;
+	geneve->option.verb = choice->verb;
+	geneve->option.attempt = choice->attempt;
 	geneve->option.address_len = address_len;
 	geneve->option.port = choice->backend->port;
 	geneve->option.pad = 0;
@@ -325,7 +325,7 @@ static __always_inline int forward(struct xdp_md *ctx, struct packet *packet,
 	__u32 length = packet->length + overhead(packet, choice->backend);
 	int drop;
 
-	if (unlikely(packet->ttl <= 1))
+	if (unlikely(packet->ttl <= 1 && !(packet->flags & PACKET_BOUNCED)))
 		return reply_error(ctx, packet, EVENT_TIME_EXCEEDED, 0);
 	if (unlikely(!row || !hop)) {
 		__builtin_memset(&asked, 0, sizeof(asked));
@@ -338,7 +338,8 @@ static __always_inline int forward(struct xdp_md *ctx, struct packet *packet,
 	if (unlikely(length > hop->mtu))
 		return reply_error(ctx, packet, EVENT_TOO_BIG,
 				   hop->mtu - (length - packet->length));
-	if (unlikely(!take_hop(ctx, packet)))
+	/* The first attempt took it. */
+	if (likely(!(packet->flags & PACKET_BOUNCED)) && unlikely(!take_hop(ctx, packet)))
 		return xdp_drop(DROP_MALFORMED);
 	drop = wrap(ctx, packet, choice, hop);
 	if (unlikely(drop))

@@ -46,15 +46,23 @@ __noinline int no_service(const struct packet *packet)
 }
 
 /* The backend is on this node: no tunnel, and no hop less. */
-static __always_inline int deliver_here(struct xdp_md *ctx, const struct packet *packet,
+static __always_inline int deliver_here(struct xdp_md *ctx, struct packet *packet,
 					const struct choice *choice)
 {
-	struct pod_key target = {.address = choice->backend->address,
-				 .port = choice->backend->port,
-				 .proto = packet->proto};
+	struct pod_key pod = {.address = choice->backend->address,
+			      .port = choice->backend->port,
+			      .proto = packet->proto};
+	int drop = claim(ctx, packet, &pod, choice->hash, choice->verb);
 
+	if (drop == CLAIM_DENIED)
+		return deliver_to(ctx, packet,
+				  denied(ctx, packet, choice->service, choice->hash,
+					 denial(choice->attempt, choice->number, false)),
+				  choice->hash);
+	if (drop)
+		return xdp_drop(drop);
 	count_choice(packet, choice);
-	return deliver(ctx, packet, &target, choice->hash);
+	return deliver(ctx, packet, &pod);
 }
 
 static __always_inline int balance(struct xdp_md *ctx, struct packet *packet)
@@ -62,8 +70,8 @@ static __always_inline int balance(struct xdp_md *ctx, struct packet *packet)
 	int err = parse_transport((void *)(long)ctx->data, (void *)(long)ctx->data_end, packet,
 				  false);
 	struct choice choice;
-	__u32 *service;
-	__u64 hash;
+	__u64 service_word, word;
+	__u32 *service, slot;
 
 	trace_packet(packet);
 	if (unlikely(!err && !complete(ctx, packet)))
@@ -78,9 +86,17 @@ static __always_inline int balance(struct xdp_md *ctx, struct packet *packet)
 	service = find_service(&packet->dst, packet->dst_port, packet->proto);
 	if (unlikely(!service))
 		return no_service(packet);
-	hash = flow_hash(&packet->src, &packet->dst, packet->src_port, packet->dst_port,
-			 packet->proto, packet->family);
-	err = choose(*service, hash, &choice);
+	choice.service = *service;
+	choice.hash = flow_hash(&packet->src, &packet->dst, packet->src_port, packet->dst_port,
+				packet->proto, packet->family);
+	err = find_slot(choice.service, choice.hash, &service_word, &slot, &word);
+	if (unlikely(!err && contested(word)))
+		return deliver_to(ctx, packet,
+				  contest(ctx, packet, choice.service, choice.hash,
+					  config.backend && owned_here(ctx, packet)),
+				  choice.hash);
+	if (!err)
+		err = choose(packet, service_word, slot, word, &choice);
 	if (unlikely(err))
 		return xdp_drop(err);
 	if (config.backend && choice.backend->mode == MODE_LOCAL)
@@ -99,7 +115,7 @@ int fairlead_xdp(struct xdp_md *ctx)
 	if (parse_link(data, data_end, &l3, &type) ||
 	    parse_addresses(data, data_end, l3, type, &packet))
 		return xdp_pass();
-	if (config.backend && tunnel_here(data, data_end, &packet))
+	if (tunnel_here(data, data_end, &packet))
 		return unwrap(ctx, &packet);
 	if (config.lb && maybe_vip(&packet.dst))
 		return balance(ctx, &packet);

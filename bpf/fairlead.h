@@ -13,7 +13,7 @@
 #include <linux/types.h>
 
 /* Raised whenever a key, a value or the meaning of a word changes. */
-#define LAYOUT_VERSION 1
+#define LAYOUT_VERSION 2
 
 struct addr {
 	__be32 w[4];
@@ -46,6 +46,7 @@ struct service_key {
 
 enum service_flag {
 	SERVICE_INDEPENDENT = 1 << 0, /* datagrams are never questions */
+	SERVICE_ORDERS = 1 << 1,      /* mode ipip: there is nobody to ask */
 };
 
 /*
@@ -54,6 +55,56 @@ enum service_flag {
  *   bits 32-63  row in `candidates` that may own older flows; 0: settled
  */
 #define SLOT_CANDIDATES_SHIFT 32
+
+#define CANDIDATES_MAX 7
+
+/* candidates[row]: mapped, written before a slot names the row and fixed until
+ * none does. Backends that may own older flows, newest first; 0: no more. */
+struct candidate_row {
+	__u32 number[CANDIDATES_MAX];
+	__u32 pad;
+};
+
+/* hints (LRU): the hash of a flow -> who was last asked, or told to take it. */
+struct hint {
+	__u32 backend;
+	__u32 generation;
+};
+
+/* The attempts of a question; in an order, ATTEMPT_ORDER and how many slots
+ * after the flow's own its backend was looked for. */
+#define ATTEMPT_HINT 0
+#define ATTEMPT_SLOT 1
+#define ATTEMPT_CANDIDATE 2
+#define ATTEMPTS_MAX (ATTEMPT_CANDIDATE + CANDIDATES_MAX)
+#define ATTEMPT_ORDER 0x40
+
+/*
+ * denials[hash & DENIALS_MASK], one 64-bit word each: when a TCP flow that
+ * nobody has was first denied. Its packets are dropped for UNOWNED_MS, since
+ * its owner may not be known here yet, and ordered to the slot's backend then.
+ *   bits 0-15   of the flow: bits 16-31 of the hash
+ *   bits 16-63  coarse boot-time clock, ms
+ */
+#define DENIALS_MASK 0xffff
+#define UNOWNED_MS 3000	      /* TCP repeats */
+#define DENIAL_BUSY_MS 10000  /* until another flow may take the cell */
+#define DENIAL_STALE_MS 60000 /* after that it is a first denial again */
+
+/*
+ * budgets (per CPU): attempts beyond the first of one service and client
+ * prefix (/24, /56) within a second: BUDGET_FLOOR, and one for each
+ * BUDGET_PART packets of the service.
+ */
+struct budget {
+	__u64 second;
+	__u64 packets; /* of the service, when the second began */
+	__u64 spent;
+};
+
+#define BUDGETS_MASK 4095
+#define BUDGET_FLOOR 4096
+#define BUDGET_PART 5
 
 /*
  * vip_bits: a mapped bitmap of hashed VIPs, so that what is for none of them
@@ -85,7 +136,8 @@ enum backend_state {
 	BACKEND_UNUSED = 0,
 	BACKEND_ACTIVE = 1,
 	BACKEND_DRAINING = 2,
-	BACKEND_GONE = 3, /* skipped from the one store that says so */
+	BACKEND_GONE = 3,    /* skipped from the one store that says so */
+	BACKEND_FAILING = 4, /* like draining, but UDP flows leave at once */
 };
 
 /*
@@ -268,6 +320,7 @@ enum verdict {
 	VERDICT_ANSWER = 4,  /* to the client: a Pod's answer, as the VIP */
 	VERDICT_REPLY = 5,   /* to the sender, made by us: echo, ICMP error */
 	VERDICT_DROP = 6,    /* see enum drop */
+	VERDICT_DENY = 7,    /* back to the LB node: no such flow or Pod here */
 };
 
 /* Every drop has a reason and a counter: drops[reason]. */
@@ -285,16 +338,17 @@ enum drop {
 	DROP_TOO_BIG = 9,	    /* does not fit the tunnel, and no reply possible */
 	DROP_NO_NEXT_HOP = 10,	    /* neither resolved nor known to the kernel's FIB */
 	DROP_HEADROOM = 11,	    /* the driver gave no room for the outer headers */
+	DROP_UNOWNED = 12,	    /* no backend has the TCP flow, since less than 3 s */
+	DROP_BUDGET = 13,	    /* too many questions of one service and client prefix */
 	/* Tunnel packets to this node. */
-	DROP_TUNNEL_SOURCE = 20,   /* outer source is no LB node of the shard */
-	DROP_TUNNEL_FORMAT = 21,   /* Geneve or option not as we send it */
-	DROP_TUNNEL_VNI = 22,	   /* of another shard */
-	DROP_TUNNEL_TAG = 23,	   /* not this worker's tag */
-	DROP_TUNNEL_VIP = 24,	   /* inner destination is no VIP that a Pod here serves */
-	DROP_TUNNEL_POD = 25,	   /* the named Pod is not of this node, or not of this VIP */
-	DROP_TUNNEL_QUESTION = 26, /* a question: not answered yet */
-	DROP_TUNNEL_BOUNCE = 27,   /* a bounce: not expected here */
-	DROP_TUNNEL_ECN = 28,	   /* outer CE over an inner packet that is not ECN-capable */
+	DROP_TUNNEL_SOURCE = 20, /* outer source is no LB node of the shard */
+	DROP_TUNNEL_FORMAT = 21, /* Geneve or option not as we send it */
+	DROP_TUNNEL_VNI = 22,	 /* of another shard */
+	DROP_TUNNEL_TAG = 23,	 /* not this worker's tag */
+	DROP_TUNNEL_VIP = 24,	 /* inner destination is no VIP that a Pod here serves */
+	DROP_TUNNEL_POD = 25,	 /* the named Pod is not of this node, or not of this VIP */
+	DROP_TUNNEL_BOUNCE = 26, /* a bounce that answers no question of this node */
+	DROP_TUNNEL_ECN = 28,	 /* outer CE over an inner packet that is not ECN-capable */
 	/* Flows at the backend's node. */
 	DROP_FLOWS_FULL = 40,	   /* the table of flows is full */
 	DROP_FLOW_CONFLICT = 41,   /* the Pod's tuple belongs to another VIP's flow */
@@ -317,6 +371,10 @@ enum event {
 	EVENT_MSS_CLAMPED = 10,
 	EVENT_ANSWER = 11,    /* a Pod's packet translated to the VIP */
 	EVENT_DELIVERED = 12, /* a packet given to a Pod of this node */
+	EVENT_DENIED = 13,    /* a question or an order sent back: no such flow or Pod here */
+	EVENT_BOUNCE = 14,    /* a packet that came back: the next attempt was made */
+	EVENT_HINT = 15,      /* a contested flow went to where its hint says */
+	EVENT_TAKEN = 16,     /* a flow that nobody has was ordered to the slot's backend */
 	EVENT_MAX = 32,
 };
 
@@ -375,7 +433,9 @@ struct trace {
 	__be16 pod_port;
 	__u8 flow_state; /* of the entry used or made; 0: none */
 	__u8 steps;	 /* TRACE_* reached, in no order */
-	__u32 pad;
+	__u8 verb;	 /* enum verb of what was sent, or 0 */
+	__u8 attempt;
+	__u16 pad;
 };
 
 enum trace_step {
@@ -395,4 +455,5 @@ enum packet_flag {
 	PACKET_SYN = 1 << 2,	    /* TCP SYN without ACK */
 	PACKET_ICMP_ERROR = 1 << 3, /* addresses and ports are those of the flow it is about */
 	PACKET_ECHO = 1 << 4,	    /* ICMP or ICMPv6 echo request */
+	PACKET_BOUNCED = 1 << 5,    /* came back from a backend's node */
 };

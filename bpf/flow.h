@@ -296,3 +296,30 @@ static __always_inline void flow_from_pod(struct flow *flow, const struct segmen
 		flow_close_if_done(flow);
 	}
 }
+
+/* How far behind what the Pod has acknowledged a repeated segment may be. */
+#define REPEATS_BYTES (1U << 20)
+
+/*
+ * Whether a segment can be of the connection that an entry is about. So what
+ * is left of an old connection, and blind packets, claim nothing; and of two
+ * half-open entries that a repeated SYN made, only the one whose SYN-ACK the
+ * client answers.
+ */
+static __always_inline bool flow_claims(const struct flow *flow, const struct segment *s)
+{
+	__u32 ahead = s->end - flow->pod_ack, behind = flow->pod_ack - s->seq;
+	__u32 window = flow->pod_window > REPEATS_BYTES ? flow->pod_window : REPEATS_BYTES;
+
+	if (flow->state == FLOW_HALF_OPEN) {
+		if (!(flow->fins & FLOW_SYN_ACK))
+			return false;
+		if (s->flags & TCP_RST)
+			return s->seq == flow->pod_ack;
+		return s->flags & TCP_ACK && s->ack == flow->pod_isn + 1;
+	}
+	if (flow_closed(flow)) /* its last words, repeated */
+		return flow->fins & FLOW_FIN_CLIENT &&
+		       (s->end == flow->client_fin || s->seq == flow->client_fin);
+	return flow->state == FLOW_PROVISIONAL || ahead <= flow->pod_window + 1 || behind <= window;
+}

@@ -46,6 +46,54 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__type(key, __u32);
+	__type(value, struct candidate_row);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_MMAPABLE);
+} candidates SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, __u64);
+	__type(value, struct hint);
+	__uint(max_entries, 65536);
+} hints SEC(".maps");
+
+/* SYNs of contested slots of services that nobody can be asked about: their
+ * next packet makes them hints, so that a flood of SYNs pushes out no hint. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, __u64);
+	__type(value, struct hint);
+	__uint(max_entries, 16384);
+} syns SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, DENIALS_MASK + 1);
+} denials SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct budget);
+	__uint(max_entries, BUDGETS_MASK + 1);
+} budgets SEC(".maps");
+
+/* service_denials[number]: denials in settled slots; the agent looks at what
+ * has grown, and takes a census. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_MMAPABLE);
+} service_denials SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
 	__type(value, struct backend);
 	__uint(max_entries, 1024);
 	__uint(map_flags, BPF_F_MMAPABLE);

@@ -16,6 +16,8 @@ struct choice {
 	__u64 hash;    /* of the flow */
 	__u32 service; /* number */
 	__u32 number;  /* of the backend */
+	__u8 verb;     /* enum verb */
+	__u8 attempt;
 };
 
 static __always_inline void trace_packet(const struct packet *packet)
@@ -72,17 +74,13 @@ static __always_inline bool usable(__u64 word)
 	return state == BACKEND_ACTIVE || state == BACKEND_DRAINING;
 }
 
-static __always_inline struct backend *slot_backend(__u32 offset, __u32 slot, __u32 *number)
+/* The word of a slot; 0 when there is none. */
+static __always_inline __u64 slot_word(__u32 offset, __u32 slot)
 {
 	__u32 at = offset + slot;
-	__u64 *cell = bpf_map_lookup_elem(&slots, &at), word;
+	__u64 *cell = bpf_map_lookup_elem(&slots, &at);
 
-	if (!cell)
-		return NULL;
-	word = READ_ONCE(*cell);
-	TRACING(to->slot = slot; to->slot_word = word; to->steps |= TRACE_SLOT);
-	*number = (__u32)word;
-	return bpf_map_lookup_elem(&backends, number);
+	return cell ? READ_ONCE(*cell) : 0;
 }
 
 /* The slot's backend is gone: the first usable one of the following slots
@@ -96,9 +94,10 @@ __noinline __u32 stand_in(__u64 service_word, __u32 slot)
 		struct backend *backend;
 
 		slot = (slot + 1) & ((1U << bits) - 1);
-		backend = slot_backend((__u32)service_word, slot, &number);
+		number = (__u32)slot_word((__u32)service_word, slot);
+		backend = bpf_map_lookup_elem(&backends, &number);
 		if (backend && number && usable(READ_ONCE(backend->word))) {
-			TRACE_STEP(TRACE_STAND_IN);
+			TRACING(to->slot = slot; to->steps |= TRACE_STAND_IN);
 			count_event(EVENT_STAND_IN);
 			return number;
 		}
@@ -106,33 +105,57 @@ __noinline __u32 stand_in(__u64 service_word, __u32 slot)
 	return 0;
 }
 
-/* Chooses the backend of a flow of service. Returns 0 or an enum drop. */
-static __always_inline int choose(__u32 service, __u64 hash, struct choice *choice)
+/* Where a flow of a service is: its slot's word, the service's, and the slot.
+ * Returns 0 or an enum drop. */
+static __always_inline int find_slot(__u32 service, __u64 hash, __u64 *service_word, __u32 *slot,
+				     __u64 *word)
 {
-	__u64 *cell = bpf_map_lookup_elem(&service_words, &service), word;
-	__u32 bits, slot;
+	__u64 *cell = bpf_map_lookup_elem(&service_words, &service);
+	__u32 bits;
 
-	choice->service = service;
-	choice->hash = hash;
 	if (!cell)
 		return DROP_NO_BACKEND;
-	word = READ_ONCE(*cell);
-	bits = (word >> SERVICE_BITS_SHIFT) & 31;
+	*service_word = READ_ONCE(*cell);
+	bits = (*service_word >> SERVICE_BITS_SHIFT) & 31;
 	TRACING(to->service = service; to->hash = hash; to->steps |= TRACE_SERVICE);
 	if (unlikely(!bits))
 		return DROP_NO_BACKEND;
-	slot = hash >> (64 - bits);
-	choice->backend = slot_backend((__u32)word, slot, &choice->number);
+	*slot = hash >> (64 - bits);
+	*word = slot_word((__u32)*service_word, *slot);
+	TRACING(to->slot = *slot; to->slot_word = *word; to->steps |= TRACE_SLOT);
+	return DROP_NONE;
+}
+
+/* A question, unless it begins a flow, or is a datagram: asking costs nothing
+ * in a settled slot, as the answer is nearly always yes. */
+static __always_inline __u8 settled_verb(const struct packet *packet)
+{
+	if (packet->flags & PACKET_ICMP_ERROR)
+		return VERB_ASK;
+	return packet->proto == IPPROTO_TCP && !(packet->flags & PACKET_SYN) ? VERB_ASK
+									     : VERB_DELIVER;
+}
+
+/* Chooses the backend of a flow in a settled slot: by the hash alone. Returns 0
+ * or an enum drop. */
+static __always_inline int choose(const struct packet *packet, __u64 service_word, __u32 slot,
+				  __u64 word, struct choice *choice)
+{
+	choice->number = (__u32)word;
+	choice->backend = bpf_map_lookup_elem(&backends, &choice->number);
 	if (unlikely(!choice->backend))
 		return DROP_NO_BACKEND;
 	choice->word = READ_ONCE(choice->backend->word);
 	if (unlikely(!usable(choice->word))) {
-		choice->number = stand_in(word, slot);
+		choice->number = stand_in(service_word, slot);
 		choice->backend = bpf_map_lookup_elem(&backends, &choice->number);
 		if (!choice->number || !choice->backend)
 			return DROP_NO_BACKEND;
 		choice->word = READ_ONCE(choice->backend->word);
 	}
-	TRACING(to->backend = choice->number; to->steps |= TRACE_BACKEND);
-	return 0;
+	choice->verb = settled_verb(packet);
+	choice->attempt = choice->verb == VERB_ASK ? ATTEMPT_SLOT : ATTEMPT_ORDER;
+	TRACING(to->backend = choice->number; to->verb = choice->verb;
+		to->attempt = choice->attempt; to->steps |= TRACE_BACKEND);
+	return DROP_NONE;
 }

@@ -6,8 +6,7 @@
  */
 #pragma once
 
-#include "deliver.h"
-#include "encap.h"
+#include "bounce.h"
 
 #define ECN_MASK 3
 #define ECN_ECT1 1
@@ -25,8 +24,8 @@ static __always_inline bool to_this_node(const struct packet *packet)
  * none: LB nodes send none. */
 static __always_inline bool tunnel_here(void *data, void *data_end, struct packet *packet)
 {
-	if (packet->proto != IPPROTO_UDP && packet->proto != IPPROTO_IPIP &&
-	    packet->proto != IPPROTO_IPV6)
+	if (packet->proto != IPPROTO_UDP &&
+	    (!config.backend || (packet->proto != IPPROTO_IPIP && packet->proto != IPPROTO_IPV6)))
 		return false;
 	return to_this_node(packet) && !parse_transport(data, data_end, packet, false) &&
 	       !packet->flags &&
@@ -40,20 +39,33 @@ static __always_inline bool from_lb_node(const struct packet *packet)
 	return bpf_map_lookup_elem(&lb_nodes, &key) != NULL;
 }
 
-/* Reads and checks Geneve and its option: who is meant, and the flow's hash.
- * Returns the offset of the inner packet, or minus an enum drop. */
+/* What a tunnel packet says beside the packet in it. */
+struct call {
+	struct pod_key target;
+	__u64 hash;
+	__u64 tag;
+	__u32 backend;
+	__u32 generation;
+	__be16 type; /* of what is in it */
+	__u8 verb;
+	__u8 attempt;
+};
+
+/* Reads Geneve and its option, and checks their form. Returns the offset of the
+ * inner packet, or minus an enum drop. */
 static __always_inline int read_option(struct xdp_md *ctx, const struct packet *outer,
-				       struct pod_key *target, __u64 *hash, __be16 *type)
+				       struct call *call)
 {
 	void *data_end = (void *)(long)ctx->data_end;
 	struct geneve_outer *at = (void *)(long)ctx->data + (outer->l4 & OFFSET_MASK);
 	struct tunnel_option *option = &at->geneve.option;
 	__u32 address_len, inner;
 	__be32 *address;
+	__be16 type;
 
 	if ((void *)(at + 1) + 4 > data_end)
 		return -DROP_TUNNEL_FORMAT;
-	*type = at->geneve.type;
+	type = at->geneve.type;
 	address_len = option->address_len;
 	if (at->geneve.flags != GENEVE_CRITICAL ||
 	    at->geneve.option_class != bpf_htons(OPTION_CLASS) ||
@@ -61,41 +73,45 @@ static __always_inline int read_option(struct xdp_md *ctx, const struct packet *
 	    (address_len != 4 && address_len != 16) ||
 	    at->geneve.option_length != (sizeof(*option) + address_len) / 4 ||
 	    at->geneve.options != (4 + sizeof(*option) + address_len) / 4 ||
-	    (*type != bpf_htons(ETH_P_IP) && *type != bpf_htons(ETH_P_IPV6)))
+	    (type != bpf_htons(ETH_P_IP) && type != bpf_htons(ETH_P_IPV6)) ||
+	    option->verb < VERB_DELIVER || option->verb > VERB_DENIED)
 		return -DROP_TUNNEL_FORMAT;
 	if (at->geneve.vni != bpf_htonl(config.vni << 8))
 		return -DROP_TUNNEL_VNI;
-	if (*(__u64 *)option->tag != *(const volatile __u64 *)config.tag)
-		return -DROP_TUNNEL_TAG;
-	if (option->verb == VERB_ASK)
-		return -DROP_TUNNEL_QUESTION;
-	if (option->verb == VERB_DENIED)
-		return -DROP_TUNNEL_BOUNCE;
-	if (option->verb != VERB_DELIVER)
-		return -DROP_TUNNEL_FORMAT;
 	address = (void *)(at + 1);
 	if (address_len == 4) {
-		map_v4(&target->address, *address);
+		map_v4(&call->target.address, *address);
 	} else {
 		if ((void *)address + 16 > data_end)
 			return -DROP_TUNNEL_FORMAT;
-		__builtin_memcpy(&target->address, address, 16);
+		__builtin_memcpy(&call->target.address, address, 16);
 	}
-	target->port = option->port;
-	*hash = bpf_be64_to_cpu(*(__be64 *)option->hash);
+	call->target.port = option->port;
+	call->type = type;
+	call->verb = option->verb;
+	call->attempt = option->attempt;
+	call->backend = bpf_ntohl(option->backend);
+	call->generation = bpf_ntohl(option->generation);
+	call->tag = *(__u64 *)option->tag;
+	call->hash = bpf_be64_to_cpu(*(__be64 *)option->hash);
 	inner = outer->l4 + sizeof(*at) + address_len;
 	return inner > OFFSET_MASK ? -DROP_TUNNEL_FORMAT : (int)inner;
 }
 
-/* RFC 6040, the decapsulator: what the tunnel saw is told to the Pod. */
+/* RFC 6040, the decapsulator: congestion cannot be told to who does not expect
+ * to be told. */
+static __always_inline bool may_carry_ecn(const struct packet *inner, __u8 outer_tos)
+{
+	return (outer_tos & ECN_MASK) != ECN_CE || inner->tos & ECN_MASK;
+}
+
+/* What the tunnel saw is told to the Pod. */
 static __always_inline bool carry_ecn(struct xdp_md *ctx, const struct packet *inner,
 				      __u8 outer_tos)
 {
 	void *at = (void *)(long)ctx->data + (inner->l3 & OFFSET_MASK);
 	__u8 outer = outer_tos & ECN_MASK, ecn = inner->tos & ECN_MASK, fresh = ecn;
 
-	if (outer == ECN_CE && !ecn)
-		return false;
 	if (outer == ECN_CE)
 		fresh = ECN_CE;
 	else if (outer == ECN_ECT1 && ecn == ECN_ECT0)
@@ -161,43 +177,88 @@ __noinline int examine(struct xdp_md *ctx, struct packet *inner)
 	return DROP_NONE;
 }
 
-/* A tunnel packet that an LB node sent: delivers what is in it. `packet` is
- * the outer one, and then the inner: there is stack for one. */
-static __always_inline int unwrap(struct xdp_md *ctx, struct packet *packet)
+/* Parses and examines what is in a tunnel, in place of the outer packet.
+ * Returns an enum drop. */
+static __always_inline int inner_packet(struct xdp_md *ctx, struct packet *packet, int at,
+					__be16 type)
 {
-	bool geneve = packet->proto == IPPROTO_UDP;
-	struct pod_key target = {};
-	__u8 outer_tos = packet->tos;
-	__u64 hash = 0;
-	__be16 type;
-	int at, drop;
+	int drop = parse((void *)(long)ctx->data, (void *)(long)ctx->data_end, at, type, packet);
 
-	if (!from_lb_node(packet))
-		return xdp_drop(DROP_TUNNEL_SOURCE);
-	TRACE(tunnel, geneve ? MODE_GENEVE : MODE_IPIP);
-	if (geneve) {
-		at = read_option(ctx, packet, &target, &hash, &type);
-		if (at < 0)
-			return xdp_drop(-at);
-	} else {
-		at = packet->l4 & OFFSET_MASK;
-		type = packet->proto == IPPROTO_IPIP ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
-	}
-	drop = parse((void *)(long)ctx->data, (void *)(long)ctx->data_end, at, type, packet);
 	trace_packet(packet);
 	if (!drop)
 		drop = examine(ctx, packet);
+	return drop < 0 ? DROP_MALFORMED : drop;
+}
+
+/* A question, or an order, that came back to this LB node. */
+static __always_inline int bounce(struct xdp_md *ctx, struct packet *packet, int at,
+				  const struct call *call)
+{
+	__u32 service;
+	int drop;
+
+	if (!from_backend(packet, call->backend, call->generation, call->tag))
+		return xdp_drop(DROP_TUNNEL_BOUNCE);
+	drop = inner_packet(ctx, packet, at, call->type);
 	if (drop)
-		return xdp_drop(drop < 0 ? DROP_MALFORMED : drop);
-	target.proto = packet->proto;
-	if (!geneve) {
-		target.address = packet->dst;
-		target.port = packet->dst_port;
+		return xdp_drop(drop);
+	service = bounced_service(packet, call->hash, call->backend);
+	if (!service)
+		return xdp_drop(DROP_TUNNEL_BOUNCE);
+	if (!strip(ctx, packet, call->type))
+		return xdp_drop(DROP_MALFORMED);
+	packet->flags |= PACKET_BOUNCED;
+	return deliver_to(ctx, packet,
+			  denied(ctx, packet, service, call->hash,
+				 denial(call->attempt, call->backend,
+					config.backend && owned_here(ctx, packet))),
+			  call->hash);
+}
+
+/* A tunnel packet to this node: delivers what is in it, or sends it back.
+ * `packet` is the outer one, and then the inner: there is stack for one. */
+static __always_inline int unwrap(struct xdp_md *ctx, struct packet *packet)
+{
+	bool geneve = packet->proto == IPPROTO_UDP, known = from_lb_node(packet);
+	struct call call = {.verb = VERB_DELIVER};
+	__u8 outer_tos = packet->tos;
+	int at, drop;
+
+	if (geneve) {
+		at = read_option(ctx, packet, &call);
+		if (at < 0)
+			return xdp_drop(known ? -at : DROP_TUNNEL_SOURCE);
+		if (config.lb && call.verb == VERB_DENIED)
+			return bounce(ctx, packet, at, &call);
+	} else {
+		at = packet->l4 & OFFSET_MASK;
+		call.type =
+			packet->proto == IPPROTO_IPIP ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
 	}
-	if (!carry_ecn(ctx, packet, outer_tos))
+	if (!known || !config.backend)
+		return xdp_drop(DROP_TUNNEL_SOURCE);
+	TRACE(tunnel, geneve ? MODE_GENEVE : MODE_IPIP);
+	if (geneve && call.tag != *(const volatile __u64 *)config.tag)
+		return xdp_drop(DROP_TUNNEL_TAG);
+	if (call.verb == VERB_DENIED)
+		return xdp_drop(DROP_TUNNEL_BOUNCE);
+	drop = inner_packet(ctx, packet, at, call.type);
+	if (drop)
+		return xdp_drop(drop);
+	call.target.proto = packet->proto;
+	if (!geneve) {
+		call.target.address = packet->dst;
+		call.target.port = packet->dst_port;
+	}
+	if (!may_carry_ecn(packet, outer_tos))
 		return xdp_drop(DROP_TUNNEL_ECN);
-	if (!strip(ctx, packet, type))
+	drop = claim(ctx, packet, &call.target, call.hash, call.verb);
+	if (drop == CLAIM_DENIED)
+		return geneve ? deny(ctx) : xdp_drop(DROP_TUNNEL_POD);
+	if (drop)
+		return xdp_drop(drop);
+	if (!carry_ecn(ctx, packet, outer_tos) || !strip(ctx, packet, call.type))
 		return xdp_drop(DROP_MALFORMED);
 	TRACE_STEP(TRACE_DECAPSULATED);
-	return deliver(ctx, packet, &target, hash);
+	return deliver(ctx, packet, &call.target);
 }

@@ -176,12 +176,9 @@ func TestTunnelDrops(t *testing.T) {
 		{"version", bpfDropDROP_TUNNEL_FORMAT, func(f []byte) { f[optionAt]++ }},
 		{"address length", bpfDropDROP_TUNNEL_FORMAT, func(f []byte) { f[optionAt+3] = 8 }},
 		{"unknown verb", bpfDropDROP_TUNNEL_FORMAT, func(f []byte) { f[optionAt+1] = 9 }},
-		{"question", bpfDropDROP_TUNNEL_QUESTION, func(f []byte) { f[optionAt+1] = byte(bpfVerbVERB_ASK) }},
 		{"bounce", bpfDropDROP_TUNNEL_BOUNCE, func(f []byte) { f[optionAt+1] = byte(bpfVerbVERB_DENIED) }},
 		{"VNI", bpfDropDROP_TUNNEL_VNI, func(f []byte) { f[geneveAt+6]++ }},
 		{"tag", bpfDropDROP_TUNNEL_TAG, func(f []byte) { f[optionAt+16]++ }},
-		{"another Pod", bpfDropDROP_TUNNEL_POD, func(f []byte) { f[optionAt+35]++ }},
-		{"another port of the Pod", bpfDropDROP_TUNNEL_POD, func(f []byte) { f[optionAt+5]++ }},
 		{"inner IP version", bpfDropDROP_MALFORMED, func(f []byte) { f[optionAt+36] = 0x95 }},
 		{"inner length", bpfDropDROP_MALFORMED, func(f []byte) { f[optionAt+36+2]++ }},
 		{"inner protocol", bpfDropDROP_PROTOCOL, func(f []byte) { f[optionAt+36+9] = 47 }},
@@ -196,6 +193,46 @@ func TestTunnelDrops(t *testing.T) {
 			n.expectEvent(bpfEventEVENT_FLOW_NEW, 0)
 		})
 	}
+}
+
+// denial is a tunnel packet that goes back: the way that it came, marked.
+func denial(frame []byte) []byte {
+	frame = slices.Clone(frame)
+	for i := range 6 {
+		frame[i], frame[6+i] = frame[6+i], frame[i]
+	}
+	at := 14 + 40
+	if frame[12] == 8 {
+		ip := frame[14 : 14+20]
+		copy(ip[12:], slices.Concat(ip[16:20], ip[12:16]))
+		at = 14 + 20
+	} else {
+		copy(frame[14+8:], slices.Concat(frame[14+24:14+40], frame[14+8:14+24]))
+	}
+	frame[at+8+12+1] = byte(bpfVerbVERB_DENIED)
+	return frame
+}
+
+// What this node does not have goes back: a question about a flow that it does
+// not know, and an order to a Pod that it does not know yet.
+func TestDeny(t *testing.T) {
+	for _, p := range paths[3:] {
+		t.Run(p.name, func(t *testing.T) {
+			n := newWorker(t)
+			n.expect(p.tunnelled("tcp", nil), xdpTX, denial(p.tunnelled("tcp", nil)))
+			p.pod = p.pod.Next()
+			for _, kind := range []string{"syn", "udp"} {
+				n.expect(p.tunnelled(kind, nil), xdpTX, denial(p.tunnelled(kind, nil)))
+			}
+			n.expectEvent(bpfEventEVENT_DENIED, 3)
+			n.expectEvent(bpfEventEVENT_FLOW_NEW, 0)
+		})
+	}
+	// IP-in-IP has no way to say no.
+	n := newWorker(t)
+	p := paths[0]
+	p.vip = p.vip.Next()
+	n.expectDrop(p.tunnelled("syn", nil), bpfDropDROP_TUNNEL_POD)
 }
 
 // Nothing of a stranger's is believed, however well it is made.
@@ -302,7 +339,13 @@ func TestHandshake(t *testing.T) {
 
 			wrong := p.packet("tcp", nil)
 			wrong.payload = withAck(p, 99)
-			n.expect(fromRouter(p.wrapped(wrong, 1, 1)), xdpPass, nil)
+			question := fromRouter(p.wrapped(wrong, 1, 1))
+			if p.holds() {
+				n.expect(question, xdpPass, nil)
+			} else {
+				n.expect(question, xdpTX, nil) // it is no packet of this connection
+				n.expect(ordered(question), xdpPass, nil)
+			}
 			if _, ok := n.flow(n.Flows, key); ok {
 				t.Error("an ACK of nothing proved the connection")
 			}
@@ -383,7 +426,8 @@ func TestErrorAboutAnAnswer(t *testing.T) {
 					payload: icmpMessage(router, src.Addr(), kind, 1, 0, quoted.bytes())}
 			}
 			frame := fromRouter(p.wrapped(about(netip.AddrPortFrom(p.vip, 80)), 1, 1))
-			n.expectDrop(frame, bpfDropDROP_ICMP_UNRELATED)
+			n.expectDrop(ordered(frame), bpfDropDROP_ICMP_UNRELATED)
+			n.expect(frame, xdpTX, denial(frame))
 			n.expect(p.tunnelled("udp", nil), xdpPass, nil)
 			want := about(p.target())
 			want.ttl--

@@ -18,19 +18,25 @@ import (
 const (
 	benchMapBackendCounters = "backend_counters"
 	benchMapBackends        = "backends"
+	benchMapBudgets         = "budgets"
+	benchMapCandidates      = "candidates"
+	benchMapDenials         = "denials"
 	benchMapDrops           = "drops"
 	benchMapEvents          = "events"
 	benchMapFlows           = "flows"
 	benchMapFragments       = "fragments"
+	benchMapHints           = "hints"
 	benchMapLbNodes         = "lb_nodes"
 	benchMapNextHops        = "next_hops"
 	benchMapPending         = "pending"
 	benchMapPods            = "pods"
 	benchMapReceived        = "received"
 	benchMapServiceCounters = "service_counters"
+	benchMapServiceDenials  = "service_denials"
 	benchMapServiceWords    = "service_words"
 	benchMapServices        = "services"
 	benchMapSlots           = "slots"
+	benchMapSyns            = "syns"
 	benchMapTarget          = "target"
 	benchMapTraces          = "traces"
 	benchMapVipBits         = "vip_bits"
@@ -104,19 +110,25 @@ type benchProgramSpecs struct {
 type benchMapSpecs struct {
 	BackendCounters *ebpf.MapSpec `ebpf:"backend_counters"`
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
+	Budgets         *ebpf.MapSpec `ebpf:"budgets"`
+	Candidates      *ebpf.MapSpec `ebpf:"candidates"`
+	Denials         *ebpf.MapSpec `ebpf:"denials"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
 	Flows           *ebpf.MapSpec `ebpf:"flows"`
 	Fragments       *ebpf.MapSpec `ebpf:"fragments"`
+	Hints           *ebpf.MapSpec `ebpf:"hints"`
 	LbNodes         *ebpf.MapSpec `ebpf:"lb_nodes"`
 	NextHops        *ebpf.MapSpec `ebpf:"next_hops"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Pods            *ebpf.MapSpec `ebpf:"pods"`
 	Received        *ebpf.MapSpec `ebpf:"received"`
 	ServiceCounters *ebpf.MapSpec `ebpf:"service_counters"`
+	ServiceDenials  *ebpf.MapSpec `ebpf:"service_denials"`
 	ServiceWords    *ebpf.MapSpec `ebpf:"service_words"`
 	Services        *ebpf.MapSpec `ebpf:"services"`
 	Slots           *ebpf.MapSpec `ebpf:"slots"`
+	Syns            *ebpf.MapSpec `ebpf:"syns"`
 	Target          *ebpf.MapSpec `ebpf:"target"`
 	Traces          *ebpf.MapSpec `ebpf:"traces"`
 	VipBits         *ebpf.MapSpec `ebpf:"vip_bits"`
@@ -158,19 +170,25 @@ func (o *benchObjects) Close() error {
 type benchMaps struct {
 	BackendCounters *ebpf.Map `ebpf:"backend_counters"`
 	Backends        *ebpf.Map `ebpf:"backends"`
+	Budgets         *ebpf.Map `ebpf:"budgets"`
+	Candidates      *ebpf.Map `ebpf:"candidates"`
+	Denials         *ebpf.Map `ebpf:"denials"`
 	Drops           *ebpf.Map `ebpf:"drops"`
 	Events          *ebpf.Map `ebpf:"events"`
 	Flows           *ebpf.Map `ebpf:"flows"`
 	Fragments       *ebpf.Map `ebpf:"fragments"`
+	Hints           *ebpf.Map `ebpf:"hints"`
 	LbNodes         *ebpf.Map `ebpf:"lb_nodes"`
 	NextHops        *ebpf.Map `ebpf:"next_hops"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Pods            *ebpf.Map `ebpf:"pods"`
 	Received        *ebpf.Map `ebpf:"received"`
 	ServiceCounters *ebpf.Map `ebpf:"service_counters"`
+	ServiceDenials  *ebpf.Map `ebpf:"service_denials"`
 	ServiceWords    *ebpf.Map `ebpf:"service_words"`
 	Services        *ebpf.Map `ebpf:"services"`
 	Slots           *ebpf.Map `ebpf:"slots"`
+	Syns            *ebpf.Map `ebpf:"syns"`
 	Target          *ebpf.Map `ebpf:"target"`
 	Traces          *ebpf.Map `ebpf:"traces"`
 	VipBits         *ebpf.Map `ebpf:"vip_bits"`
@@ -180,19 +198,25 @@ func (m *benchMaps) Close() error {
 	return _BenchClose(
 		m.BackendCounters,
 		m.Backends,
+		m.Budgets,
+		m.Candidates,
+		m.Denials,
 		m.Drops,
 		m.Events,
 		m.Flows,
 		m.Fragments,
+		m.Hints,
 		m.LbNodes,
 		m.NextHops,
 		m.Pending,
 		m.Pods,
 		m.Received,
 		m.ServiceCounters,
+		m.ServiceDenials,
 		m.ServiceWords,
 		m.Services,
 		m.Slots,
+		m.Syns,
 		m.Target,
 		m.Traces,
 		m.VipBits,

@@ -38,7 +38,21 @@ const (
 	bpfBackendStateBACKEND_ACTIVE   bpfBackendState = 1
 	bpfBackendStateBACKEND_DRAINING bpfBackendState = 2
 	bpfBackendStateBACKEND_GONE     bpfBackendState = 3
+	bpfBackendStateBACKEND_FAILING  bpfBackendState = 4
 )
+
+type bpfBudget struct {
+	_       structs.HostLayout
+	Second  uint64
+	Packets uint64
+	Spent   uint64
+}
+
+type bpfCandidateRow struct {
+	_      structs.HostLayout
+	Number [7]uint32
+	Pad    uint32
+}
 
 type bpfConfig struct {
 	_     structs.HostLayout
@@ -103,14 +117,15 @@ const (
 	bpfDropDROP_TOO_BIG           bpfDrop = 9
 	bpfDropDROP_NO_NEXT_HOP       bpfDrop = 10
 	bpfDropDROP_HEADROOM          bpfDrop = 11
+	bpfDropDROP_UNOWNED           bpfDrop = 12
+	bpfDropDROP_BUDGET            bpfDrop = 13
 	bpfDropDROP_TUNNEL_SOURCE     bpfDrop = 20
 	bpfDropDROP_TUNNEL_FORMAT     bpfDrop = 21
 	bpfDropDROP_TUNNEL_VNI        bpfDrop = 22
 	bpfDropDROP_TUNNEL_TAG        bpfDrop = 23
 	bpfDropDROP_TUNNEL_VIP        bpfDrop = 24
 	bpfDropDROP_TUNNEL_POD        bpfDrop = 25
-	bpfDropDROP_TUNNEL_QUESTION   bpfDrop = 26
-	bpfDropDROP_TUNNEL_BOUNCE     bpfDrop = 27
+	bpfDropDROP_TUNNEL_BOUNCE     bpfDrop = 26
 	bpfDropDROP_TUNNEL_ECN        bpfDrop = 28
 	bpfDropDROP_FLOWS_FULL        bpfDrop = 40
 	bpfDropDROP_FLOW_CONFLICT     bpfDrop = 41
@@ -134,6 +149,10 @@ const (
 	bpfEventEVENT_MSS_CLAMPED    bpfEvent = 10
 	bpfEventEVENT_ANSWER         bpfEvent = 11
 	bpfEventEVENT_DELIVERED      bpfEvent = 12
+	bpfEventEVENT_DENIED         bpfEvent = 13
+	bpfEventEVENT_BOUNCE         bpfEvent = 14
+	bpfEventEVENT_HINT           bpfEvent = 15
+	bpfEventEVENT_TAKEN          bpfEvent = 16
 	bpfEventEVENT_MAX            bpfEvent = 32
 )
 
@@ -207,6 +226,12 @@ type bpfFragmentKey struct {
 	Pad   [3]uint8
 }
 
+type bpfHint struct {
+	_          structs.HostLayout
+	Backend    uint32
+	Generation uint32
+}
+
 type bpfLbNodeKey struct {
 	_         structs.HostLayout
 	PrefixLen uint32
@@ -240,6 +265,7 @@ const (
 	bpfPacketFlagPACKET_SYN            bpfPacketFlag = 4
 	bpfPacketFlagPACKET_ICMP_ERROR     bpfPacketFlag = 8
 	bpfPacketFlagPACKET_ECHO           bpfPacketFlag = 16
+	bpfPacketFlagPACKET_BOUNCED        bpfPacketFlag = 32
 )
 
 type bpfPod struct {
@@ -260,6 +286,7 @@ type bpfServiceFlag uint32
 
 const (
 	bpfServiceFlagSERVICE_INDEPENDENT bpfServiceFlag = 1
+	bpfServiceFlagSERVICE_ORDERS      bpfServiceFlag = 2
 )
 
 type bpfServiceKey struct {
@@ -293,7 +320,9 @@ type bpfTrace struct {
 	PodPort   uint16
 	FlowState uint8
 	Steps     uint8
-	Pad       uint32
+	Verb      uint8
+	Attempt   uint8
+	Pad       uint16
 }
 
 type bpfTraceStep uint32
@@ -340,6 +369,7 @@ const (
 	bpfVerdictVERDICT_ANSWER  bpfVerdict = 4
 	bpfVerdictVERDICT_REPLY   bpfVerdict = 5
 	bpfVerdictVERDICT_DROP    bpfVerdict = 6
+	bpfVerdictVERDICT_DENY    bpfVerdict = 7
 )
 
 type bpfVipPort struct {
@@ -355,18 +385,24 @@ type bpfVipPort struct {
 const (
 	bpfMapBackendCounters = "backend_counters"
 	bpfMapBackends        = "backends"
+	bpfMapBudgets         = "budgets"
+	bpfMapCandidates      = "candidates"
+	bpfMapDenials         = "denials"
 	bpfMapDrops           = "drops"
 	bpfMapEvents          = "events"
 	bpfMapFlows           = "flows"
 	bpfMapFragments       = "fragments"
+	bpfMapHints           = "hints"
 	bpfMapLbNodes         = "lb_nodes"
 	bpfMapNextHops        = "next_hops"
 	bpfMapPending         = "pending"
 	bpfMapPods            = "pods"
 	bpfMapServiceCounters = "service_counters"
+	bpfMapServiceDenials  = "service_denials"
 	bpfMapServiceWords    = "service_words"
 	bpfMapServices        = "services"
 	bpfMapSlots           = "slots"
+	bpfMapSyns            = "syns"
 	bpfMapTraces          = "traces"
 	bpfMapVipBits         = "vip_bits"
 	bpfProgFairleadEgress = "fairlead_egress"
@@ -429,18 +465,24 @@ type bpfProgramSpecs struct {
 type bpfMapSpecs struct {
 	BackendCounters *ebpf.MapSpec `ebpf:"backend_counters"`
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
+	Budgets         *ebpf.MapSpec `ebpf:"budgets"`
+	Candidates      *ebpf.MapSpec `ebpf:"candidates"`
+	Denials         *ebpf.MapSpec `ebpf:"denials"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
 	Flows           *ebpf.MapSpec `ebpf:"flows"`
 	Fragments       *ebpf.MapSpec `ebpf:"fragments"`
+	Hints           *ebpf.MapSpec `ebpf:"hints"`
 	LbNodes         *ebpf.MapSpec `ebpf:"lb_nodes"`
 	NextHops        *ebpf.MapSpec `ebpf:"next_hops"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Pods            *ebpf.MapSpec `ebpf:"pods"`
 	ServiceCounters *ebpf.MapSpec `ebpf:"service_counters"`
+	ServiceDenials  *ebpf.MapSpec `ebpf:"service_denials"`
 	ServiceWords    *ebpf.MapSpec `ebpf:"service_words"`
 	Services        *ebpf.MapSpec `ebpf:"services"`
 	Slots           *ebpf.MapSpec `ebpf:"slots"`
+	Syns            *ebpf.MapSpec `ebpf:"syns"`
 	Traces          *ebpf.MapSpec `ebpf:"traces"`
 	VipBits         *ebpf.MapSpec `ebpf:"vip_bits"`
 }
@@ -475,18 +517,24 @@ func (o *bpfObjects) Close() error {
 type bpfMaps struct {
 	BackendCounters *ebpf.Map `ebpf:"backend_counters"`
 	Backends        *ebpf.Map `ebpf:"backends"`
+	Budgets         *ebpf.Map `ebpf:"budgets"`
+	Candidates      *ebpf.Map `ebpf:"candidates"`
+	Denials         *ebpf.Map `ebpf:"denials"`
 	Drops           *ebpf.Map `ebpf:"drops"`
 	Events          *ebpf.Map `ebpf:"events"`
 	Flows           *ebpf.Map `ebpf:"flows"`
 	Fragments       *ebpf.Map `ebpf:"fragments"`
+	Hints           *ebpf.Map `ebpf:"hints"`
 	LbNodes         *ebpf.Map `ebpf:"lb_nodes"`
 	NextHops        *ebpf.Map `ebpf:"next_hops"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Pods            *ebpf.Map `ebpf:"pods"`
 	ServiceCounters *ebpf.Map `ebpf:"service_counters"`
+	ServiceDenials  *ebpf.Map `ebpf:"service_denials"`
 	ServiceWords    *ebpf.Map `ebpf:"service_words"`
 	Services        *ebpf.Map `ebpf:"services"`
 	Slots           *ebpf.Map `ebpf:"slots"`
+	Syns            *ebpf.Map `ebpf:"syns"`
 	Traces          *ebpf.Map `ebpf:"traces"`
 	VipBits         *ebpf.Map `ebpf:"vip_bits"`
 }
@@ -495,18 +543,24 @@ func (m *bpfMaps) Close() error {
 	return _BpfClose(
 		m.BackendCounters,
 		m.Backends,
+		m.Budgets,
+		m.Candidates,
+		m.Denials,
 		m.Drops,
 		m.Events,
 		m.Flows,
 		m.Fragments,
+		m.Hints,
 		m.LbNodes,
 		m.NextHops,
 		m.Pending,
 		m.Pods,
 		m.ServiceCounters,
+		m.ServiceDenials,
 		m.ServiceWords,
 		m.Services,
 		m.Slots,
+		m.Syns,
 		m.Traces,
 		m.VipBits,
 	)

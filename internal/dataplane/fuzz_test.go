@@ -36,6 +36,16 @@ func newBothRoles(t testing.TB) *network {
 			n.pod(netip.AddrPortFrom(family.pod, podPort), proto, netip.AddrPortFrom(family.vip, 80))
 		}
 	}
+	// Two slots of three are contested, by others' candidates too.
+	n.put(n.Candidates, uint32(1), bpfCandidateRow{Number: [7]uint32{1, 3, 5, 7}})
+	n.put(n.Candidates, uint32(2), bpfCandidateRow{Number: [7]uint32{4, 8, 7, 3, 2, 6, 1}})
+	for slot := range n.slots {
+		var word uint64
+		if err := n.bpfObjects.Slots.Lookup(slot, &word); err != nil {
+			t.Fatal(err)
+		}
+		n.put(n.bpfObjects.Slots, slot, word|uint64(slot%3)<<32)
+	}
 	for _, p := range []netip.Prefix{netip.PrefixFrom(worker4, 32), netip.PrefixFrom(worker6, 128)} {
 		n.put(n.LbNodes, lbNodeKey(p), uint32(0)) // another LB node sends from there
 	}
@@ -46,9 +56,13 @@ func newBothRoles(t testing.TB) *network {
 func seeds() [][]byte {
 	var all [][]byte
 	for _, p := range paths {
-		for _, kind := range []string{"tcp", "syn", "udp"} {
+		for i, kind := range []string{"tcp", "syn", "udp", "tcp", "tcp", "udp", "udp", "tcp", "syn"} {
 			inner := p.packet(kind, []byte("some data"))
+			binary.BigEndian.PutUint16(inner.payload, 40000+uint16(i)) // another flow
 			all = append(all, fromRouter(inner), fromRouter(inner, 5), fromRouter(inner, 5, 6))
+			if p.mode == bpfModeMODE_GENEVE {
+				all = append(all, p.bounces(inner)...)
+			}
 			outer := p.wrapped(inner, p.hash(inner.proto), 1)
 			outer.src, outer.dst = p.tunnel, p.node
 			all = append(all, fromRouter(outer))
@@ -66,6 +80,23 @@ func seeds() [][]byte {
 		}
 		all = append(all, fromRouter(ipPacket{src: p.client, dst: p.vip, proto: icmpProto(p.vip), ttl: 9,
 			payload: icmpMessage(p.client, p.vip, request, 0, 1, []byte("ping"))}))
+	}
+	return all
+}
+
+// bounces are what a worker could send back of a packet, for each attempt.
+func (p path) bounces(inner ipPacket) (all [][]byte) {
+	number := uint32(1) // see newBothRoles
+	if p.vip.Is6() {
+		number = 5
+	}
+	hash := testKey.Hash(p.client, p.vip, binary.BigEndian.Uint16(inner.payload), 80, inner.proto)
+	for _, attempt := range []byte{0, 1, 2, 3, 8, 0x40, 0x41, 0x47, 0x48} {
+		outer := p.wrapped(inner, hash, number)
+		outer.src, outer.dst = p.tunnel, p.node
+		option := outer.payload[8+12:]
+		option[1], option[2] = byte(bpfVerbVERB_DENIED), attempt
+		all = append(all, fromRouter(outer))
 	}
 	return all
 }

@@ -8,10 +8,12 @@ import (
 	"math/bits"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"fairlead.dev/fairlead/internal/model"
 )
@@ -22,7 +24,7 @@ type twin struct {
 	*network
 	tracing  bpfPrograms
 	model    *model.Node
-	start    time.Time
+	tick     time.Duration
 	verdicts map[string]int
 	recent   []model.Flow // of what was delivered lately
 }
@@ -40,8 +42,14 @@ func newTwin(t testing.TB, n *network) *twin {
 	}
 	shared := map[string]*ebpf.Map{"services": n.Services, "vip_bits": n.VipBits, "service_words": n.ServiceWords, "slots": n.Slots,
 		"backends": n.Backends, "next_hops": n.NextHops, "pods": n.Pods, "flows": n.Flows, "pending": n.Pending,
-		"lb_nodes": n.LbNodes, "fragments": n.Fragments, "traces": n.Traces}
-	w := &twin{network: n, start: time.Now(), verdicts: map[string]int{}}
+		"lb_nodes": n.LbNodes, "fragments": n.Fragments, "traces": n.Traces, "candidates": n.Candidates, "hints": n.Hints, "syns": n.Syns,
+		"denials": n.Denials, "budgets": n.Budgets, "service_counters": n.ServiceCounters}
+	w := &twin{network: n, verdicts: map[string]int{}}
+	var tick unix.Timespec
+	if err := unix.ClockGetres(unix.CLOCK_MONOTONIC_COARSE, &tick); err != nil {
+		t.Fatal(err)
+	}
+	w.tick = time.Duration(tick.Nano())
 	if err := spec.LoadAndAssign(&w.tracing, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		t.Fatal(err)
 	}
@@ -112,7 +120,8 @@ func (n *network) modelService(t testing.TB, number uint32) model.Service {
 	if err := n.ServiceWords.Lookup(number, &word); err != nil {
 		t.Fatal(err)
 	}
-	s := model.Service{Number: number}
+	s := model.Service{Number: number, Candidates: map[uint32][]uint32{}, Independent: word>>40&uint64(bpfServiceFlagSERVICE_INDEPENDENT) != 0,
+		Orders: word>>40&uint64(bpfServiceFlagSERVICE_ORDERS) != 0}
 	if log2 := word >> 32 & 0xff; log2 != 0 {
 		for i := range uint32(1) << log2 {
 			var slot uint64
@@ -120,6 +129,13 @@ func (n *network) modelService(t testing.TB, number uint32) model.Service {
 				t.Fatal(err)
 			}
 			s.Slots = append(s.Slots, uint32(slot))
+			if row := uint32(slot >> 32); row != 0 {
+				var candidates bpfCandidateRow
+				if err := n.Candidates.Lookup(row, &candidates); err != nil {
+					t.Fatal(err)
+				}
+				s.Candidates[i] = slices.DeleteFunc(candidates.Number[:], func(b uint32) bool { return b == 0 })
+			}
 		}
 	}
 	return s
@@ -128,7 +144,10 @@ func (n *network) modelService(t testing.TB, number uint32) model.Service {
 func (n *network) modelBackend(t testing.TB, row bpfBackend) model.Backend {
 	t.Helper()
 	b := model.Backend{Target: netip.AddrPortFrom(addrOf(row.Address), swap16(row.Port)),
-		Usable: row.Word>>56 == uint64(bpfBackendStateBACKEND_ACTIVE) || row.Word>>56 == uint64(bpfBackendStateBACKEND_DRAINING)}
+		Usable: row.Word>>56 == uint64(bpfBackendStateBACKEND_ACTIVE) || row.Word>>56 == uint64(bpfBackendStateBACKEND_DRAINING),
+		Tunnel: addrOf(row.Tunnel), Generation: uint32(row.Word>>32) & 0xffffff}
+	b.Owns = b.Usable || row.Word>>56 == uint64(bpfBackendStateBACKEND_FAILING)
+	binary.NativeEndian.PutUint64(b.Tag[:], row.Tag)
 	switch bpfMode(row.Mode) {
 	case bpfModeMODE_LOCAL:
 		b.Mode = model.Local
@@ -170,19 +189,49 @@ func (w *twin) trace(t testing.TB, frame []byte) Trace {
 	return decodeTrace(raw, action, options.DataOut)
 }
 
+// coarseClock is the clock that the programs read.
+func coarseClock(t testing.TB) time.Duration { return clock(t, unix.CLOCK_MONOTONIC_COARSE) }
+
+func clock(t testing.TB, id int32) time.Duration {
+	t.Helper()
+	var now unix.Timespec
+	if err := unix.ClockGettime(id, &now); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(now.Nano())
+}
+
+// quietMoment returns the clock that the programs read, when it is not about to
+// tick: then they and the model see the same time.
+func (w *twin) quietMoment(t testing.TB) time.Duration {
+	t.Helper()
+	for {
+		if now := coarseClock(t); clock(t, unix.CLOCK_MONOTONIC)-now < w.tick-300*time.Microsecond {
+			return now
+		}
+	}
+}
+
 // receive gives a frame to the programs and to the model, and fails when they
 // differ, or what is done is harmful.
 func (w *twin) receive(t testing.TB, frame []byte) {
 	t.Helper()
+	now := w.quietMoment(t)
 	trace := w.trace(t, frame)
 	options := ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256)}
 	action, err := w.FairleadXdp.Run(&options)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := w.model.Receive(frame, time.Since(w.start))
+	want := w.model.Receive(frame, now)
 	got := model.Decision{Verdict: model.Verdict(trace.Verdict), Reason: model.Reason(trace.Drop), Hash: trace.Hash,
-		Service: trace.Service, Slot: trace.Slot, Backend: trace.Backend, Pod: trace.Pod}
+		Service: trace.Service, Slot: trace.Slot, Backend: trace.Backend, Pod: trace.Pod, Attempt: trace.Attempt}
+	switch trace.Verb {
+	case "order":
+		got.Verb = uint8(bpfVerbVERB_DELIVER)
+	case "question":
+		got.Verb = uint8(bpfVerbVERB_ASK)
+	}
 	if !got.Pod.Addr().IsValid() || got.Pod.Addr().IsUnspecified() {
 		got.Pod = netip.AddrPort{}
 	}
@@ -226,7 +275,7 @@ func (w *twin) answer(t testing.TB, random *rand.Rand) {
 	if _, _, err := w.FairleadEgress.Test(frame); err != nil {
 		t.Fatal(err)
 	}
-	if !w.model.Flows.Answer(key, pod, segment, time.Since(w.start)) {
+	if !w.model.Flows.Answer(key, pod, segment, w.quietMoment(t)) {
 		t.Fatalf("the model does not know the flow %v of %s", key, pod)
 	}
 	w.client(t, random, key, segment)
@@ -309,7 +358,7 @@ func (w *twin) expectAll(t testing.TB) {
 	t.Helper()
 	for _, verdict := range []string{"pass ", "forward ", "deliver ", "reply ", "drop malformed", "drop protocol", "drop no_service",
 		"drop extension_headers", "drop icmp_unrelated", "drop fragment_unknown", "drop tunnel_source", "drop tunnel_format", "drop tunnel_vni",
-		"drop tunnel_tag", "drop tunnel_pod", "drop tunnel_vip"} {
+		"drop tunnel_tag", "drop tunnel_pod", "drop tunnel_vip", "deny ", "drop unowned", "drop tunnel_bounce"} {
 		if w.verdicts[verdict] < 10 {
 			t.Errorf("%q was reached %d times: %v", verdict, w.verdicts[verdict], w.verdicts)
 		}

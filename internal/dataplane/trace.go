@@ -20,7 +20,9 @@ type Trace struct {
 	Service, Slot, Backend uint32         // numbers in the maps
 	Hash                   uint64
 	NextHop, Interface     uint32
-	Verdict                string // "pass", "forward", "deliver", "answer", "reply", "drop"
+	Verb                   string // "order" or "question", of what was forwarded
+	Attempt                uint8  // of a question: 0 the hint, 1 the slot's backend, then its candidates
+	Verdict                string // "pass", "forward", "deliver", "answer", "reply", "deny", "drop"
 	Drop                   string // the reason, as in bpf/fairlead.h without its prefix
 	Pod                    netip.AddrPort
 	FlowState              string
@@ -106,6 +108,7 @@ func decodeTrace(raw bpfTrace, action uint32, out []byte) Trace {
 		Tunnel:  modeNames[bpfMode(raw.Tunnel)],
 		Service: raw.Service, Slot: raw.Slot, Backend: raw.Backend, Hash: raw.Hash,
 		NextHop: raw.NextHop, Interface: raw.Ifindex,
+		Verb: verbNames[bpfVerb(raw.Verb)], Attempt: raw.Attempt,
 		Verdict:   verdictNames[bpfVerdict(raw.Verdict)],
 		Drop:      DropNames()[raw.Drop],
 		Pod:       netip.AddrPortFrom(addrOf(raw.Pod), swap16(raw.PodPort)),
@@ -117,8 +120,10 @@ func decodeTrace(raw bpfTrace, action uint32, out []byte) Trace {
 
 var verdictNames = map[bpfVerdict]string{
 	bpfVerdictVERDICT_PASS: "pass", bpfVerdictVERDICT_FORWARD: "forward", bpfVerdictVERDICT_DELIVER: "deliver",
-	bpfVerdictVERDICT_ANSWER: "answer", bpfVerdictVERDICT_REPLY: "reply", bpfVerdictVERDICT_DROP: "drop",
+	bpfVerdictVERDICT_ANSWER: "answer", bpfVerdictVERDICT_REPLY: "reply", bpfVerdictVERDICT_DROP: "drop", bpfVerdictVERDICT_DENY: "deny",
 }
+
+var verbNames = map[bpfVerb]string{bpfVerbVERB_DELIVER: "order", bpfVerbVERB_ASK: "question"}
 
 var flowStates = map[bpfFlowState]string{
 	bpfFlowStateFLOW_HALF_OPEN: "half-open", bpfFlowStateFLOW_UNANSWERED: "unanswered",

@@ -52,7 +52,7 @@ func vipKey(vip netip.Addr) bpfServiceKey { return bpfServiceKey{Vip: bpfAddrOf(
 // The layout of the words, and what else Go has to know of bpf/fairlead.h that
 // the compiled programs do not tell. A test compares each with its C twin.
 const (
-	layoutVersion     = 1
+	layoutVersion = 2
 	serviceBitsShift  = 32
 	serviceFlagsShift = 40
 	generationShift   = 32

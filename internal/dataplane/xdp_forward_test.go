@@ -78,13 +78,14 @@ func (p path) geneve(inner []byte, hash uint64, number uint32) []byte {
 	b := be.AppendUint16(nil, uint16(0xc000|hash&0x3fff))
 	b = be.AppendUint16(b, genevePort)
 	b = be.AppendUint16(b, uint16(8+8+4+int(length)+len(inner)))
-	b = append(b, 0, 0)                        // no checksum
-	b = append(b, 1+length/4, 0x40)            // options, and that one is critical
-	b = be.AppendUint16(b, kind)               // of the payload
-	b = be.AppendUint32(b, testVNI<<8)         //
-	b = be.AppendUint16(b, 0xff4c)             // class
-	b = append(b, 0x81, length/4)              // type
-	b = append(b, 1, 1, 0, byte(len(address))) // version, DELIVER, attempt
+	b = append(b, 0, 0)                // no checksum
+	b = append(b, 1+length/4, 0x40)    // options, and that one is critical
+	b = be.AppendUint16(b, kind)       // of the payload
+	b = be.AppendUint32(b, testVNI<<8) //
+	b = be.AppendUint16(b, 0xff4c)     // class
+	b = append(b, 0x81, length/4)      // type
+	verb, attempt := asked(inner)
+	b = append(b, 1, verb, attempt, byte(len(address)))
 	b = be.AppendUint16(b, podPort)
 	b = append(b, 0, 0)
 	b = be.AppendUint32(b, number)
@@ -93,6 +94,30 @@ func (p path) geneve(inner []byte, hash uint64, number uint32) []byte {
 	b = be.AppendUint64(b, hash)
 	b = append(b, address...)
 	return append(b, inner...)
+}
+
+// asked is the verb and the attempt that a packet of a settled slot has: what
+// begins a flow, and datagrams, are orders.
+func asked(inner []byte) (verb, attempt byte) {
+	proto, transport := inner[9], inner[20:]
+	if inner[0]>>4 == 6 {
+		proto, transport = inner[6], inner[40:]
+	}
+	if proto == protoICMP || proto == protoICMPv6 || proto == protoTCP && transport[13]&(tcpSYN|tcpACK) != tcpSYN {
+		return byte(bpfVerbVERB_ASK), 1
+	}
+	return byte(bpfVerbVERB_DELIVER), 0x40
+}
+
+// ordered turns a question of the frame that one wraps into an order.
+func ordered(frame []byte) []byte {
+	frame = slices.Clone(frame)
+	at := 14 + 20 + 8 + 12
+	if frame[12] == 0x86 {
+		at += 20
+	}
+	frame[at+1], frame[at+2] = byte(bpfVerbVERB_DELIVER), 0x40
+	return frame
 }
 
 // one is a network with one backend on the path, and its TCP and UDP services.

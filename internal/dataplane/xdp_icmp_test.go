@@ -200,7 +200,7 @@ func TestTracing(t *testing.T) {
 	}
 	want := bpfTrace{Src: wireAddr(p.client), Dst: wireAddr(p.vip), SrcPort: wirePort(40000), DstPort: wirePort(80),
 		Proto: protoTCP, Family: 4, Flags: uint8(bpfPacketFlagPACKET_SYN), Service: 1, Slot: uint32(hash >> 56), Hash: hash,
-		SlotWord: uint64(number), Backend: number, NextHop: 1, Ifindex: ingress, Verdict: uint16(bpfVerdictVERDICT_FORWARD),
+		SlotWord: uint64(number), Backend: number, NextHop: 1, Ifindex: ingress, Verdict: uint16(bpfVerdictVERDICT_FORWARD), Verb: uint8(bpfVerbVERB_DELIVER), Attempt: 0x40,
 		Steps: uint8(bpfTraceStepTRACE_PARSED | bpfTraceStepTRACE_SERVICE | bpfTraceStepTRACE_SLOT |
 			bpfTraceStepTRACE_BACKEND | bpfTraceStepTRACE_NEXT_HOP)}
 	if got != want {

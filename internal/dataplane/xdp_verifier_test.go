@@ -23,6 +23,7 @@ func TestVerifierCost(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		config.Node4, config.Node6 = wireAddr(node4), wireAddr(node6)
 		if err := spec.Variables["config"].Set(config); err != nil {
 			t.Fatal(err)
 		}

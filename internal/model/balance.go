@@ -3,7 +3,6 @@
 package model
 
 import (
-	"math/bits"
 	"net/netip"
 	"time"
 )
@@ -38,8 +37,9 @@ func (n *Node) balance(frame []byte, p packet, now time.Duration) Decision {
 	return n.choose(frame, p, now)
 }
 
-// choose finds the service and the slot's backend; one that is gone is stood
-// in for by the next slot's that is not.
+// choose finds the service and the slot. In a settled slot the hash alone says
+// who takes the packet; a backend that is gone is stood in for by the next
+// slot's that is not.
 func (n *Node) choose(frame []byte, p packet, now time.Duration) Decision {
 	service, ok := n.Services[Front{p.dst, p.proto}]
 	if !ok {
@@ -48,20 +48,29 @@ func (n *Node) choose(frame []byte, p packet, now time.Duration) Decision {
 		}
 		return dropped(Decision{}, noService)
 	}
-	d := Decision{Service: service.Number, Hash: n.hash(p)}
-	if len(service.Slots) == 0 {
-		return dropped(d, noBackend)
+	a, reason := n.locate(service, n.hash(p))
+	if reason != "" {
+		return dropped(a.d, reason)
 	}
-	d.Slot = uint32(d.Hash >> (64 - bits.TrailingZeros(uint(len(service.Slots)))))
-	for i := range uint32(1 + standInsMax) {
-		slot := (d.Slot + i) % uint32(len(service.Slots))
-		number := service.Slots[slot]
-		if backend := n.Backends[number]; backend.Usable {
-			d.Slot, d.Backend = slot, number
-			return n.send(frame, p, backend, d, now)
+	if len(a.candidates) > 0 {
+		if reason := n.askFirst(frame, p, &a, now); reason != "" {
+			return dropped(a.d, reason)
 		}
+		return n.sendAsked(frame, p, a.d, now)
 	}
-	return dropped(d, noBackend)
+	if reason := n.order(&a, 0); reason != "" {
+		return dropped(a.d, reason)
+	}
+	a.d.Verb, a.d.Attempt = verbDeliver, attemptOrder
+	if p.icmpError || p.proto == TCP && !p.syn {
+		a.d.Verb, a.d.Attempt = verbAsk, attemptSlot
+	}
+	d := n.send(frame, p, a.d, now)
+	if d.Verdict == Deny {
+		// The backend is on this node, and has no such flow.
+		return n.denied(frame, p, a, a.d.Backend, a.d.Attempt, now)
+	}
+	return d
 }
 
 func (n *Node) hash(p packet) uint64 {
@@ -69,15 +78,17 @@ func (n *Node) hash(p packet) uint64 {
 }
 
 // send decides whether the packet can go to the backend that was chosen.
-func (n *Node) send(frame []byte, p packet, b Backend, d Decision, now time.Duration) Decision {
+func (n *Node) send(frame []byte, p packet, d Decision, now time.Duration) Decision {
+	b := n.Backends[d.Backend]
 	if b.Mode == Local {
 		return n.deliver(frame, p, Target{b.Target, p.proto}, d, now)
 	}
 	length := p.length + b.Outer
+	expired := p.ttl <= 1 && !p.bounced
 	switch {
-	case p.ttl <= 1 && p.mayReply(), p.ttl > 1 && b.MTU > 0 && length > b.MTU && p.mayReply():
+	case expired && p.mayReply(), !expired && b.MTU > 0 && length > b.MTU && p.mayReply():
 		d.Verdict = Reply
-	case p.ttl <= 1:
+	case expired:
 		return dropped(d, ttl)
 	case b.MTU == 0:
 		return dropped(d, noNextHop)

@@ -63,35 +63,84 @@ func (f *Flows) find(key Flow, now time.Duration) *Entry {
 }
 
 // deliver gives a packet, with the flow as the client has it, to a Pod of this
-// node: the flow's, or else the one that was named.
+// node: the flow's, or when it is an order, the one that was named. A question
+// about a flow that this node does not have is denied, and so is an order to a
+// Pod that it does not know.
 func (n *Node) deliver(frame []byte, p packet, target Target, d Decision, now time.Duration) Decision {
 	var segment Segment
-	if !p.icmpError && p.proto == TCP && !p.later {
+	headers := !p.icmpError && p.proto == TCP && !p.later
+	if headers {
 		var ok bool
 		if segment, ok = p.segment(frame); !ok {
 			return dropped(d, malformed)
 		}
 	}
+	deny := func() Decision {
+		d.Verdict = Deny
+		return d
+	}
 	key := Flow{p.src, p.dst, p.proto}
 	entry := n.Flows.find(key, now)
-	d.Pod = target.Address
 	switch {
 	case p.icmpError && (entry == nil || entry.Closed):
-		d.Pod = netip.AddrPort{}
+		if d.Verb == verbAsk {
+			return deny()
+		}
 		return dropped(d, icmpUnrelated)
 	case p.icmpError:
 		d.Pod = entry.Pod
 	case entry == nil || p.proto == TCP && entry.Closed && segment.Flags&(flagSYN|flagACK|flagRST) == flagSYN:
-		if reason := n.admit(key, target, segment, d.Hash, now); reason != "" {
-			d.Pod = netip.AddrPort{}
+		if d.Verb == verbAsk {
+			return deny()
+		}
+		switch reason := n.admit(key, target, segment, d.Hash, now); reason {
+		case "":
+		case tunnelPod:
+			return deny()
+		default:
 			return dropped(d, reason)
 		}
+		d.Pod = target.Address
+	case d.Verb == verbAsk && headers && !entry.claims(segment):
+		return deny()
 	default:
 		d.Pod = entry.Pod
 		n.Flows.fromClient(key, entry, segment, now)
 	}
 	d.Verdict = Deliver
 	return d
+}
+
+// ownedHere says whether a Pod of this node owns the packet's flow.
+func (n *Node) ownedHere(frame []byte, p packet, now time.Duration) bool {
+	entry := n.Flows.find(Flow{p.src, p.dst, p.proto}, now)
+	if entry == nil {
+		return false
+	}
+	if p.proto != TCP || p.icmpError || p.later {
+		return !entry.Closed
+	}
+	segment, ok := p.segment(frame)
+	return ok && entry.claims(segment)
+}
+
+// repeats is how far behind what the Pod acknowledged a segment may be.
+const repeats = 1 << 20
+
+// claims says whether a segment can be of the connection.
+func (e *Entry) claims(s Segment) bool {
+	ahead, behind := s.End-e.PodAck, e.PodAck-s.Seq
+	switch {
+	case e.State == HalfOpen && !e.SYNACK:
+		return false
+	case e.State == HalfOpen && s.Flags&flagRST != 0:
+		return s.Seq == e.PodAck
+	case e.State == HalfOpen:
+		return s.Flags&flagACK != 0 && s.Ack == e.PodISN+1
+	case e.Closed:
+		return e.FINClient && (s.End == e.ClientFIN || s.Seq == e.ClientFIN)
+	}
+	return e.State == Provisional || ahead <= e.PodWindow+1 || behind <= max(e.PodWindow, repeats)
 }
 
 // admit makes an entry for the Pod that was named, if it is of this node,

@@ -49,6 +49,7 @@ const (
 	Forward Verdict = "forward"
 	Deliver Verdict = "deliver"
 	Reply   Verdict = "reply"
+	Deny    Verdict = "deny"
 	Drop    Verdict = "drop"
 )
 
@@ -74,7 +75,7 @@ const (
 	tunnelTag        Reason = "tunnel_tag"
 	tunnelVIP        Reason = "tunnel_vip"
 	tunnelPod        Reason = "tunnel_pod"
-	tunnelQuestion   Reason = "tunnel_question"
+	unownedFlow      Reason = "unowned"
 	tunnelBounce     Reason = "tunnel_bounce"
 	tunnelECN        Reason = "tunnel_ecn"
 	flowConflict     Reason = "flow_conflict"
@@ -87,11 +88,13 @@ const (
 // reached is zero.
 type Decision struct {
 	Verdict Verdict
-	Reason  Reason         // of Drop
-	Hash    uint64         // of the flow
-	Service uint32         // number
-	Slot    uint32         // within the service
-	Backend uint32         // number
+	Reason  Reason // of Drop
+	Hash    uint64 // of the flow
+	Service uint32 // number
+	Slot    uint32 // within the service
+	Backend uint32 // number
+	Verb    uint8  // of Forward
+	Attempt uint8
 	Pod     netip.AddrPort // of Deliver
 }
 
@@ -115,8 +118,10 @@ type Node struct {
 	LBNodes []netip.Prefix
 	Pods    map[Target][]netip.AddrPort
 
-	fragments map[fragmentKey]fragmentPorts
-	Flows     Flows
+	fragments   map[fragmentKey]fragmentPorts
+	hints, syns map[uint64]hint
+	denials     map[uint16]denial
+	Flows       Flows
 }
 
 // Front is where clients connect.
@@ -130,10 +135,13 @@ type Front struct {
 type Target Front
 
 // Service is a service's number and the backend of each of its slots: a power
-// of two of them, or none.
+// of two of them, or none. A slot with candidates is contested.
 type Service struct {
-	Number uint32
-	Slots  []uint32
+	Number      uint32
+	Slots       []uint32
+	Candidates  map[uint32][]uint32 // by slot, newest first
+	Independent bool                // datagrams are never questions
+	Orders      bool                // there is nobody to ask
 }
 
 // Backend is a backend that can be given packets.
@@ -143,6 +151,12 @@ type Backend struct {
 	Outer  int  // bytes of the outer headers
 	MTU    int  // of the way to its node; 0: no next hop
 	Usable bool // active or draining
+	Owns   bool // Usable, or failing: may own TCP flows
+
+	// Who may send its denials: the node, its tag, and the incarnation.
+	Tunnel     netip.Addr
+	Tag        [8]byte
+	Generation uint32
 }
 
 // Mode is how packets reach a backend.
@@ -161,10 +175,8 @@ func (n *Node) Receive(frame []byte, now time.Duration) Decision {
 	if reason != "" {
 		return Decision{Verdict: Pass}
 	}
-	if n.Backend {
-		if outer, ok := n.tunnelHere(frame, p); ok {
-			return n.unwrap(frame, outer, now)
-		}
+	if outer, ok := n.tunnelHere(frame, p); ok {
+		return n.unwrap(frame, outer, now)
 	}
 	if n.LB && n.VIPs[p.dst.Addr()] {
 		return n.balance(frame, p, now)

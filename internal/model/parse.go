@@ -17,7 +17,7 @@ type packet struct {
 	id       uint32
 	ihl      int // of IPv4, in words
 
-	syn, first, later, icmpError, echo bool
+	syn, first, later, icmpError, echo, bounced bool
 }
 
 func (p packet) v4() bool { return p.src.Addr().Is4() }
