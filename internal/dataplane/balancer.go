@@ -12,6 +12,7 @@ import (
 
 	"fairlead.dev/fairlead/internal/lb"
 	"fairlead.dev/fairlead/internal/maglev"
+	"fairlead.dev/fairlead/internal/slots"
 )
 
 // balancer makes the maps of role lb match a plan. It remembers what it wrote,
@@ -24,10 +25,14 @@ type balancer struct {
 	maps *contents
 	tag  func(node string) [8]byte
 
-	serviceNumbers, backendNumbers, hopNumbers *numbers
-	runs                                       *runs
+	serviceNumbers, backendNumbers, hopNumbers, rowNumbers *numbers
+	runs                                                   *runs
+
+	// suspicious: whoever never said what it owns is a candidate everywhere.
+	suspicious bool
 
 	frontends map[lb.FrontendID]*frontend
+	rows      map[slots.List]*candidateRow
 	backends  map[lb.BackendID]*backend
 	hops      map[lb.NextHop]*hop
 	vips      map[netip.Addr]int // frontends of each
@@ -35,7 +40,7 @@ type balancer struct {
 
 	generation uint32
 	builder    maglev.Builder
-	table      []uint32
+	indexes    []uint32
 }
 
 type frontend struct {
@@ -45,6 +50,11 @@ type frontend struct {
 	published    bool // its key is in services
 	doubtful     bool // somebody else wrote to the maps: write all of it again
 	sum          uint64
+
+	table    slots.Table
+	rows     map[slots.List]bool // of candidates, that its slots name
+	answered map[lb.BackendID]bool
+	denials  uint64 // in settled slots, when they were last looked at
 }
 
 type backend struct {
@@ -65,6 +75,8 @@ func newBalancer(maps *contents, limits Limits, tag func(string) [8]byte) *balan
 		serviceNumbers: newNumbers("services", limits.Services),
 		backendNumbers: newNumbers("backends", limits.Backends),
 		hopNumbers:     newNumbers("nextHops", limits.NextHops),
+		rowNumbers:     newNumbers("candidates", limits.Candidates),
+		rows:           map[slots.List]*candidateRow{},
 		runs:           newRuns(limits.Slots),
 		frontends:      map[lb.FrontendID]*frontend{},
 		backends:       map[lb.BackendID]*backend{},
@@ -127,7 +139,7 @@ func (b *balancer) wanted(plan lb.Plan) (map[lb.BackendID]lb.Backend, error) {
 				return nil, err
 			}
 			// The most alive state that any frontend gives it counts.
-			if known, ok := wanted[backend.ID]; !ok || known.State == lb.Draining {
+			if known, ok := wanted[backend.ID]; !ok || backend.State < known.State {
 				wanted[backend.ID] = backend
 			}
 		}
@@ -214,8 +226,11 @@ func (b *balancer) setBackend(want lb.Backend, hops map[netip.Addr]lb.NextHop, n
 
 func (b *balancer) wordOf(want lb.Backend, known *backend) uint64 {
 	state, row := bpfBackendStateBACKEND_ACTIVE, uint32(0)
-	if want.State == lb.Draining {
+	switch want.State {
+	case lb.Draining:
 		state = bpfBackendStateBACKEND_DRAINING
+	case lb.Failing:
+		state = bpfBackendStateBACKEND_FAILING
 	}
 	if known.hop != nil {
 		row = known.hop.row
@@ -270,7 +285,7 @@ func (b *balancer) setFrontend(want lb.Frontend, now time.Time) error {
 		if err != nil {
 			return err
 		}
-		known = &frontend{number: number}
+		known = &frontend{number: number, rows: map[slots.List]bool{}, answered: map[lb.BackendID]bool{}}
 		b.frontends[want.ID] = known
 	}
 	if known.published && !known.doubtful && sameSlots(known.applied, want) {
@@ -286,23 +301,16 @@ func (b *balancer) setFrontend(want lb.Frontend, now time.Time) error {
 
 // sameSlots reports whether two states of a frontend have the same table.
 func sameSlots(a, b lb.Frontend) bool {
-	return a.TableSize == b.TableSize && a.Independent == b.Independent && slices.Equal(a.Backends, b.Backends)
+	return a.TableSize == b.TableSize && a.Independent == b.Independent && a.Mode == b.Mode && slices.Equal(a.Backends, b.Backends)
 }
 
-// setSlots writes the table: in place, slot by slot, while its size stays, and
+// setSlots makes the table: in place, slot by slot, while its size stays, and
 // in a new run that the service's word then points to when it does not.
 func (b *balancer) setSlots(known *frontend, want lb.Frontend, now time.Time) error {
+	owners, alive := b.owners(known, want)
 	width := uint32(0)
-	active := make([]maglev.Backend, 0, len(want.Backends))
-	rows := make([]uint64, 0, len(want.Backends))
-	for _, backend := range want.Backends {
-		if backend.State == lb.Active && backend.Weight > 0 {
-			active = append(active, maglev.Backend{Key: backendKey(backend.ID.Target), Weight: backend.Weight})
-			rows = append(rows, uint64(b.backends[backend.ID].number))
-		}
-	}
-	if len(active) > 0 {
-		width = uint32(bits.TrailingZeros32(want.TableSize))
+	if len(owners) > 0 {
+		width = uint32(bits.TrailingZeros(uint(len(owners))))
 	}
 	offset, oldOffset, oldBits := known.offset, known.offset, known.bits
 	if width != oldBits && width > 0 {
@@ -311,21 +319,45 @@ func (b *balancer) setSlots(known *frontend, want lb.Frontend, now time.Time) er
 			return err
 		}
 	}
-	if width > 0 {
-		b.table = slices.Grow(b.table[:0], 1<<width)[:1<<width]
-		b.builder.Build(b.table, active)
-		run := b.maps.slots[offset : offset+1<<width]
-		for slot, index := range b.table {
-			store(&run[slot], rows[index])
-		}
-		known.sum = checksum(run)
-	}
-	store(&b.maps.serviceWords[known.number], serviceWord(offset, width, want.Independent))
+	known.table.Change(owners, func(number uint32) bool { return number != 0 && !alive[number] }, now)
+	known.table.Suspect(b.suspects(known, want))
 	known.offset, known.bits = offset, width
+	err := b.writeSlots(known, now)
+	store(&b.maps.serviceWords[known.number], serviceWord(offset, width, want))
 	if width != oldBits && oldBits > 0 {
 		b.runs.give(oldOffset, oldBits, now)
 	}
-	return nil
+	return err
+}
+
+// owners are the numbers of the slots' backends, and of all that are alive.
+// When there is nobody for new flows, the slots stay, for those who have older
+// ones.
+func (b *balancer) owners(known *frontend, want lb.Frontend) ([]uint32, map[uint32]bool) {
+	active := make([]maglev.Backend, 0, len(want.Backends))
+	numbers := make([]uint32, 0, len(want.Backends))
+	alive := make(map[uint32]bool, len(want.Backends))
+	for _, backend := range want.Backends {
+		number := b.backends[backend.ID].number
+		alive[number] = true
+		if backend.State == lb.Active && backend.Weight > 0 {
+			active = append(active, maglev.Backend{Key: backendKey(backend.ID.Target), Weight: backend.Weight})
+			numbers = append(numbers, number)
+		}
+	}
+	if len(active) == 0 {
+		if len(alive) == 0 || known.bits == 0 {
+			return nil, alive
+		}
+		return make([]uint32, 1<<known.bits), alive
+	}
+	b.indexes = slices.Grow(b.indexes[:0], int(want.TableSize))[:want.TableSize]
+	b.builder.Build(b.indexes, active)
+	owners := make([]uint32, want.TableSize)
+	for slot, index := range b.indexes {
+		owners[slot] = numbers[index]
+	}
+	return owners, alive
 }
 
 // checksum is FNV-1a over words, to notice slots that are not what was written.
@@ -380,6 +412,9 @@ func (b *balancer) removeFrontend(id lb.FrontendID, known *frontend, now time.Ti
 		known.published = false
 	}
 	store(&b.maps.serviceWords[known.number], 0)
+	for list := range known.rows {
+		b.dropRow(list, now)
+	}
 	b.serviceNumbers.give(known.number, now)
 	if known.bits > 0 {
 		b.runs.give(known.offset, known.bits, now)

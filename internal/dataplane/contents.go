@@ -19,6 +19,8 @@ type hashMap[K comparable, V any] interface {
 type contents struct {
 	serviceWords []uint64
 	slots        []uint64
+	candidates   []bpfCandidateRow
+	denials      []uint64 // in settled slots, by service
 	vipBits      []uint64
 	backends     []bpfBackend
 	nextHops     []bpfNextHop

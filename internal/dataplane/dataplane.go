@@ -27,18 +27,19 @@ type Config struct {
 	GenevePort uint16
 	Timeouts   lb.Timeouts
 	Limits     Limits
+	Census     bool // backends' nodes are asked which flows they have
 	Generic    bool // use generic XDP, with a warning, where a driver has none
 	Log        *slog.Logger
 }
 
 // Limits are the sizes of the maps. 0 means the default.
 type Limits struct {
-	Services, Slots, Backends, NextHops, Pods, Flows, Pending, Fragments, LBNodes int
+	Services, Slots, Candidates, Hints, Backends, NextHops, Pods, Flows, Pending, Fragments, LBNodes int
 }
 
 // withDefaults fills in what is 0. In brackets, the memory of the default:
-// services 2 MiB and 0.8 MiB a CPU, slots 32 MiB, backends 4 MiB and 1.5 MiB a
-// CPU, pending 16 MiB, fragments 2 MiB; the rest is allocated as it is used,
+// services 2 MiB and 0.8 MiB a CPU, slots 32 MiB, candidates 8 MiB, hints 6 MiB,
+// backends 4 MiB and 1.5 MiB a CPU, pending 16 MiB, fragments 2 MiB; the rest is allocated as it is used,
 // at most about 200 bytes a flow.
 func (l Limits) withDefaults() Limits {
 	set := func(to *int, value int) {
@@ -48,6 +49,8 @@ func (l Limits) withDefaults() Limits {
 	}
 	set(&l.Services, 32768)
 	set(&l.Slots, 4<<20)
+	set(&l.Candidates, 1<<18)
+	set(&l.Hints, 65536)
 	set(&l.Backends, 65536)
 	set(&l.NextHops, 16384)
 	set(&l.Pods, 16384)
@@ -104,7 +107,7 @@ func Open(cfg Config) (*Dataplane, error) {
 }
 
 func checkLimits(l Limits) error {
-	for name, value := range map[string]int{"services": l.Services, "slots": l.Slots, "backends": l.Backends,
+	for name, value := range map[string]int{"services": l.Services, "slots": l.Slots, "candidates": l.Candidates, "hints": l.Hints, "backends": l.Backends,
 		"nextHops": l.NextHops, "pods": l.Pods, "flows": l.Flows, "pending": l.Pending, "fragments": l.Fragments, "lbNodes": l.LBNodes} {
 		if value < 2 || value > 1<<27 {
 			return fmt.Errorf("limits.%s: %d is not between 2 and %d", name, value, 1<<27)
@@ -119,6 +122,21 @@ func checkLimits(l Limits) error {
 func (d *Dataplane) Set(_ context.Context, want Desired) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if err := d.prepare(want); err != nil {
+		return err
+	}
+	return d.hooks.set(d.loaded, want)
+}
+
+// Prepare does what Set does but attaches nothing: what an earlier agent left
+// attached goes on forwarding, by the maps that it has.
+func (d *Dataplane) Prepare(want Desired) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.prepare(want)
+}
+
+func (d *Dataplane) prepare(want Desired) error {
 	constant, err := d.constants(want)
 	if err != nil {
 		return err
@@ -138,17 +156,15 @@ func (d *Dataplane) Set(_ context.Context, want Desired) error {
 	if err := d.receiver.set(want.Plan, now); err != nil {
 		return err
 	}
-	if constant != d.constant {
-		fresh, err := d.loaded.reload(constant)
-		if err != nil {
-			return err
-		}
-		d.loaded, d.constant = fresh, constant
-		if err := d.stopTracing(); err != nil {
-			return err
-		}
+	if constant == d.constant {
+		return nil
 	}
-	return d.hooks.set(d.loaded, want)
+	fresh, err := d.loaded.reload(constant)
+	if err != nil {
+		return err
+	}
+	d.loaded, d.constant = fresh, constant
+	return d.stopTracing()
 }
 
 // load makes the maps, and programs that are not attached yet.
@@ -173,6 +189,7 @@ func (d *Dataplane) load(constant bpfConfig, plan lb.Plan) error {
 	}
 	d.loaded, d.maps, d.constant, d.receiver = loaded, maps, constant, receiver
 	d.balancer = newBalancer(maps, limits, d.tagOf)
+	d.balancer.suspicious = d.config.Census
 	d.hooks = newHooks(d.config)
 	return nil
 }

@@ -35,7 +35,8 @@ func loadObjects(cfg Config, constant bpfConfig, balancer bool) (*objects, error
 	}
 	for name, size := range map[string]int{
 		"services":      2 * limits.Services, // each may have a VIP of its own, which is an entry too
-		"service_words": limits.Services, "service_counters": limits.Services, "slots": limits.Slots,
+		"service_words": limits.Services, "service_counters": limits.Services, "service_denials": limits.Services,
+		"candidates": limits.Candidates, "hints": limits.Hints, "syns": max(limits.Hints/4, 2), "slots": limits.Slots,
 		"backends": limits.Backends, "backend_counters": limits.Backends, "next_hops": limits.NextHops,
 		"pods": limits.Pods, "flows": limits.Flows, "pending": limits.Pending, "fragments": limits.Fragments,
 		"lb_nodes": limits.LBNodes,
@@ -149,7 +150,8 @@ func (o *objects) contents() (*contents, error) {
 	c := &contents{services: kernelMap[bpfServiceKey, uint32]{o.Services},
 		pods: kernelMap[bpfPodKey, bpfPod]{o.Pods}, lbNodes: kernelMap[bpfLbNodeKey, uint32]{o.LbNodes}}
 	err := errors.Join(
-		mapArray(c, o.ServiceWords, &c.serviceWords), mapArray(c, o.Slots, &c.slots), mapArray(c, o.VipBits, &c.vipBits),
+		mapArray(c, o.ServiceWords, &c.serviceWords), mapArray(c, o.Slots, &c.slots), mapArray(c, o.Candidates, &c.candidates),
+		mapArray(c, o.ServiceDenials, &c.denials), mapArray(c, o.VipBits, &c.vipBits),
 		mapArray(c, o.Backends, &c.backends), mapArray(c, o.NextHops, &c.nextHops))
 	if err != nil {
 		return nil, errors.Join(err, c.unmap())

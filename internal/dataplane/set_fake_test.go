@@ -16,6 +16,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"fairlead.dev/fairlead/internal/flowhash"
+	"fairlead.dev/fairlead/internal/lb"
 )
 
 var update = flag.Bool("update", false, "rewrite golden files")
@@ -61,6 +62,7 @@ func newFake(tb testing.TB) *fake {
 	fails := func() bool { return f.fails() }
 	f.maps = &contents{
 		serviceWords: make([]uint64, smallLimits.Services), slots: make([]uint64, smallLimits.Slots), vipBits: make([]uint64, vipBitsWords),
+		candidates: make([]bpfCandidateRow, smallLimits.Candidates), denials: make([]uint64, smallLimits.Services),
 		backends: make([]bpfBackend, smallLimits.Backends), nextHops: make([]bpfNextHop, smallLimits.NextHops),
 		services: &fakeMap[bpfServiceKey, uint32]{map[bpfServiceKey]uint32{}, fails},
 		pods:     &fakeMap[bpfPodKey, bpfPod]{map[bpfPodKey]bpfPod{}, fails},
@@ -115,6 +117,7 @@ func TestSetGoesOnAfterFailures(t *testing.T) {
 				t.Fatal("never succeeds")
 			}
 		}
+		must(t, f.balancer.expire(lb.Timeouts{TCP: time.Second, UDP: time.Second}, f.now.Add(time.Hour)))
 		fresh := newFake(t)
 		must(t, fresh.set(want))
 		f.fails = func() bool { return false }

@@ -72,7 +72,7 @@ func openTest(tb testing.TB, dir string, limits Limits) *Dataplane {
 	return d
 }
 
-var smallLimits = Limits{Services: 64, Slots: 1 << 14, Backends: 64, NextHops: 16, Pods: 16, Flows: 1024, Pending: 1024, Fragments: 64, LBNodes: 8}
+var smallLimits = Limits{Services: 64, Slots: 1 << 14, Candidates: 4096, Hints: 64, Backends: 64, NextHops: 16, Pods: 16, Flows: 1024, Pending: 1024, Fragments: 64, LBNodes: 8}
 
 // testPlan is both roles on one node: a service of n backends on workers, and
 // one of a Pod on this node.

@@ -43,6 +43,7 @@ type Attachment struct {
 type FrontendState struct {
 	ID            lb.FrontendID
 	Number, Slots uint32
+	Contested     int // slots of which others than their backend may own flows
 	Counter
 	Backends []BackendState // sorted by target
 }
@@ -52,7 +53,7 @@ type BackendState struct {
 	ID      lb.BackendID
 	Number  uint32
 	Slots   uint32 // of the frontend, that name it
-	State   string // "active", "draining", "gone"
+	State   string // "active", "draining", "failing", "gone"
 	NextHop bool   // resolved
 	Counter        // over all frontends
 }
@@ -105,7 +106,7 @@ func (d *Dataplane) Read() (State, error) {
 }
 
 func (d *Dataplane) frontendState(id lb.FrontendID, f *frontend, services, backends []Counter) FrontendState {
-	state := FrontendState{ID: id, Number: f.number, Counter: services[f.number]}
+	state := FrontendState{ID: id, Number: f.number, Contested: f.table.Contested(), Counter: services[f.number]}
 	share := map[uint32]uint32{}
 	if f.bits > 0 {
 		state.Slots = 1 << f.bits
@@ -132,6 +133,8 @@ func stateName(s bpfBackendState) string {
 		return "active"
 	case bpfBackendStateBACKEND_DRAINING:
 		return "draining"
+	case bpfBackendStateBACKEND_FAILING:
+		return "failing"
 	case bpfBackendStateBACKEND_GONE:
 		return "gone"
 	}
@@ -221,6 +224,8 @@ func (d *Dataplane) capacity() []Capacity {
 	return []Capacity{
 		{"services", int(b.serviceNumbers.used), int(b.serviceNumbers.size) - 1},
 		{"slots", int(b.runs.used), int(b.runs.size)},
+		{"candidates", int(b.rowNumbers.used), int(b.rowNumbers.size) - 1},
+		{"hints", -1, limits.Hints},
 		{"backends", int(b.backendNumbers.used), int(b.backendNumbers.size) - 1},
 		{"next_hops", int(b.hopNumbers.used), int(b.hopNumbers.size) - 1},
 		{"pods", len(d.receiver.pods), limits.Pods},

@@ -66,7 +66,7 @@ func (b *balancer) verifyFrontend(f lb.Frontend, known *frontend) error {
 	if atomic.LoadUint64(&b.maps.vipBits[word])&mask == 0 {
 		return fmt.Errorf("vip_bits: VIP %s is missing", f.ID.VIP)
 	}
-	if got := atomic.LoadUint64(&b.maps.serviceWords[known.number]); got != serviceWord(known.offset, known.bits, f.Independent) {
+	if got := atomic.LoadUint64(&b.maps.serviceWords[known.number]); got != serviceWord(known.offset, known.bits, f) {
 		return fmt.Errorf("service_words: %s of Service %s holds %#x", f.ID, f.Service, got)
 	}
 	if known.bits > 0 && checksum(b.maps.slots[known.offset:known.offset+1<<known.bits]) != known.sum {
@@ -81,7 +81,7 @@ func (b *balancer) verifyFrontend(f lb.Frontend, known *frontend) error {
 		state := wordState(atomic.LoadUint64(&b.maps.backends[row.number].Word))
 		expected := backendRow(backend, b.tag(backend.Node))
 		expected.Word = got.Word
-		if got != expected || (state != bpfBackendStateBACKEND_ACTIVE && state != bpfBackendStateBACKEND_DRAINING) {
+		if got != expected || state == bpfBackendStateBACKEND_UNUSED || state == bpfBackendStateBACKEND_GONE {
 			return fmt.Errorf("backends: %s of Service %s is not what was written", backend.ID.Target, f.Service)
 		}
 	}

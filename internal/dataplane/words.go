@@ -52,9 +52,10 @@ func vipKey(vip netip.Addr) bpfServiceKey { return bpfServiceKey{Vip: bpfAddrOf(
 // The layout of the words, and what else Go has to know of bpf/fairlead.h that
 // the compiled programs do not tell. A test compares each with its C twin.
 const (
-	layoutVersion = 2
+	layoutVersion     = 2
 	serviceBitsShift  = 32
 	serviceFlagsShift = 40
+	candidatesShift   = 32
 	generationShift   = 32
 	generationMask    = 0xffffff
 	stateShift        = 56
@@ -67,12 +68,19 @@ const (
 	serviceNone = 0
 )
 
-func serviceWord(offset, bits uint32, independent bool) uint64 {
+func serviceWord(offset, bits uint32, f lb.Frontend) uint64 {
 	word := uint64(offset) | uint64(bits)<<serviceBitsShift
-	if independent {
+	if f.Independent {
 		word |= uint64(bpfServiceFlagSERVICE_INDEPENDENT) << serviceFlagsShift
 	}
+	if f.Mode == lb.ModeIPIP {
+		word |= uint64(bpfServiceFlagSERVICE_ORDERS) << serviceFlagsShift
+	}
 	return word
+}
+
+func slotWord(owner, candidates uint32) uint64 {
+	return uint64(owner) | uint64(candidates)<<candidatesShift
 }
 
 func backendWord(state bpfBackendState, generation, nextHop uint32) uint64 {

@@ -3,6 +3,7 @@
 package dataplane
 
 import (
+	"fairlead.dev/fairlead/internal/slots"
 	"os"
 	"regexp"
 	"strconv"
@@ -19,7 +20,8 @@ func TestConstantsEqualC(t *testing.T) {
 		defined[m[1]] = strings.TrimRight(m[2], "UL")
 	}
 	for name, ours := range map[string]uint64{
-		"LAYOUT_VERSION": layoutVersion, "SERVICE_NONE": serviceNone, "SERVICE_BITS_SHIFT": serviceBitsShift,
+		"LAYOUT_VERSION": layoutVersion, "SERVICE_NONE": serviceNone, "SERVICE_BITS_SHIFT": serviceBitsShift, "SLOT_CANDIDATES_SHIFT": candidatesShift,
+		"CANDIDATES_MAX": slots.MaxCandidates, "STAND_INS_MAX": slots.StandIns,
 		"SERVICE_FLAGS_SHIFT": serviceFlagsShift, "BACKEND_GENERATION_SHIFT": generationShift,
 		"BACKEND_GENERATION_MASK": generationMask, "BACKEND_STATE_SHIFT": stateShift, "VIP_BITS_LOG2": vipBitsLog2,
 		"VIP_BITS_MIX0": vipBitsMix0, "VIP_BITS_MIX1": vipBitsMix1, "POD_SERVES_MAX": podServesMax,

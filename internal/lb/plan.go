@@ -52,6 +52,7 @@ type Frontend struct {
 	Service     ServiceID
 	PortName    string
 	Independent bool
+	Mode        Mode // of its policy: ModeGeneve or ModeIPIP
 	// TableSize is the number of slots: a power of two, 256 to 131072, or 0
 	// when there is no backend at all.
 	TableSize uint32
@@ -66,15 +67,18 @@ type BackendState uint8
 const (
 	Active   BackendState = iota + 1 // takes new flows
 	Draining                         // keeps the flows that it has
+	Failing                          // keeps the TCP flows that it has
 )
 
-// String returns "active" or "draining".
+// String returns "active", "draining" or "failing".
 func (s BackendState) String() string {
 	switch s {
 	case Active:
 		return "active"
 	case Draining:
 		return "draining"
+	case Failing:
+		return "failing"
 	}
 	return fmt.Sprintf("state %d", uint8(s))
 }

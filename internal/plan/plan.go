@@ -116,7 +116,7 @@ func candidates(s *lb.Service, vip netip.Addr, port lb.ServicePort) []candidate 
 // is none, those that are terminating but still serve.
 func (p *planner) frontend(s *lb.Service, vip netip.Addr, port lb.ServicePort) lb.Frontend {
 	f := lb.Frontend{ID: lb.FrontendID{VIP: vip, Port: port.Port, Protocol: port.Protocol}, Service: s.ID, PortName: port.Name,
-		Independent: s.Policy.Independent && port.Protocol == lb.UDP}
+		Independent: s.Policy.Independent && port.Protocol == lb.UDP, Mode: s.Policy.Mode}
 	all := candidates(s, vip, port)
 	anyReady := slices.ContainsFunc(all, func(c candidate) bool { return c.rank == usableAlways })
 	for _, c := range all {

@@ -10,56 +10,102 @@ import (
 	"time"
 )
 
-// MaxCandidates is how many backends beside its own a slot can remember.
-const MaxCandidates = 7
-
-// Settle is how long after a slot's last change an answer must have been asked
-// for, to end its contest: packets that were on their way have arrived by then.
-const Settle = 10 * time.Second
+const (
+	// MaxCandidates is how many backends beside its own a slot can remember.
+	MaxCandidates = 7
+	// StandIns is how many following slots the dataplane tries for a backend
+	// that is gone.
+	StandIns = 8
+	// Settle is how long after a slot's last change an answer must have been
+	// asked for, to end its contest: what was on its way has arrived by then.
+	Settle = 10 * time.Second
+)
 
 // Backend is a backend's number, unique while any slot names it; 0 is none.
 type Backend = uint32
 
+// List is backends without duplicates, the newest first; 0 ends it.
+type List [MaxCandidates]Backend
+
+// Has says whether a backend is in the list.
+func (l *List) Has(b Backend) bool { return slices.Contains(l[:], b) }
+
+// Full says whether there is no room left.
+func (l *List) Full() bool { return l[MaxCandidates-1] != 0 }
+
+// add appends a backend, if it is not there and there is room.
+func (l *List) add(b Backend) bool {
+	if b == 0 || l.Has(b) || l.Full() {
+		return false
+	}
+	l[slices.Index(l[:], 0)] = b
+	return true
+}
+
+// drop removes the backends that f says.
+func (l *List) drop(f func(Backend) bool) {
+	var kept List
+	for _, b := range l {
+		if b != 0 && !f(b) {
+			kept.add(b)
+		}
+	}
+	*l = kept
+}
+
 // Table is the slots of one service: a power of two of them, or none. A slot is
-// a contiguous range of the flow hash at every size.
+// a contiguous range of the flow hash at every size. The zero Table has none.
 //
-// Invariant: a slot's candidates are at most MaxCandidates, without duplicates,
-// and never its own backend.
+// Invariant: a slot's own backend is never among its candidates.
 type Table struct {
 	owners    []Backend
 	contested map[uint32]contest
+	suspects  []Backend
 }
 
 // contest is what a slot that changed hands still remembers.
 type contest struct {
-	candidates []Backend // newest first
+	candidates List
 	changed    time.Time // when the slot's backend last changed
 }
 
 // Len returns the number of slots.
 func (t *Table) Len() int { return len(t.owners) }
 
-// Contested returns how many slots have candidates.
-func (t *Table) Contested() int { return len(t.contested) }
-
 // Owner returns who takes new flows of a slot.
 func (t *Table) Owner(slot uint32) Backend { return t.owners[slot] }
 
-// Candidates returns who else may own flows of a slot, newest first. The slice
-// must not be changed.
-func (t *Table) Candidates(slot uint32) []Backend { return t.contested[slot].candidates }
-
-// Named calls f with each backend that any slot names, possibly several times.
-func (t *Table) Named(f func(Backend)) {
-	for _, owner := range t.owners {
-		f(owner)
+// Contested returns how many slots have candidates.
+func (t *Table) Contested() int {
+	if len(t.suspects) > 1 {
+		return len(t.owners)
 	}
-	for _, c := range t.contested {
-		for _, b := range c.candidates {
-			f(b)
+	contested := len(t.contested)
+	if len(t.suspects) == 1 {
+		for slot, owner := range t.owners {
+			if _, ok := t.contested[uint32(slot)]; !ok && owner != t.suspects[0] {
+				contested++
+			}
 		}
 	}
+	return contested
 }
+
+// Candidates returns who else may own flows of a slot: whoever is known to, and
+// the suspects.
+func (t *Table) Candidates(slot uint32) List {
+	list := t.contested[slot].candidates
+	for _, b := range t.suspects {
+		if b != t.owners[slot] {
+			list.add(b)
+		}
+	}
+	return list
+}
+
+// Suspect makes these backends, and no others, candidates of every slot: those
+// that have never said what they own.
+func (t *Table) Suspect(backends []Backend) { t.suspects = backends }
 
 // Change makes owners the slots' backends; it keeps the slice. Whoever had a
 // slot, or a part of its range when the size changes, becomes a candidate.
@@ -69,7 +115,7 @@ func (t *Table) Change(owners []Backend, gone func(Backend) bool, now time.Time)
 	next := Table{owners: owners, contested: map[uint32]contest{}}
 	if len(owners) > 0 && len(t.owners) > 0 {
 		for slot := range owners {
-			if c := t.inherit(uint32(slot), owners, gone, now); len(c.candidates) > 0 {
+			if c := t.inherit(uint32(slot), owners, gone, now); c.candidates != (List{}) {
 				next.contested[uint32(slot)] = c
 			}
 		}
@@ -80,17 +126,11 @@ func (t *Table) Change(owners []Backend, gone func(Backend) bool, now time.Time)
 // inherit collects what is known of the range of a slot in a new table.
 func (t *Table) inherit(slot uint32, owners []Backend, gone func(Backend) bool, now time.Time) contest {
 	from, to := overlap(slot, len(owners), len(t.owners))
-	if from+1 == to && t.owners[from] == owners[slot] && len(t.contested[from].candidates) == 0 {
-		return contest{}
+	if known, ok := t.contested[from]; !ok && from+1 == to && t.owners[from] == owners[slot] {
+		return known
 	}
 	var c contest
-	add := func(b Backend) bool {
-		if b == 0 || b == owners[slot] || gone(b) || slices.Contains(c.candidates, b) || len(c.candidates) == MaxCandidates {
-			return false
-		}
-		c.candidates = append(c.candidates, b)
-		return true
-	}
+	add := func(b Backend) bool { return b != owners[slot] && !gone(b) && c.candidates.add(b) }
 	for old := from; old < to; old++ {
 		before := t.owners[old]
 		if gone(before) {
@@ -101,7 +141,10 @@ func (t *Table) inherit(slot uint32, owners []Backend, gone func(Backend) bool, 
 		}
 	}
 	for old := from; old < to; old++ {
-		known := t.contested[old]
+		known, ok := t.contested[old]
+		if !ok {
+			continue
+		}
 		for _, b := range known.candidates {
 			add(b)
 		}
@@ -122,10 +165,6 @@ func overlap(slot uint32, newSize, oldSize int) (from, to uint32) {
 	return slot << -shift, (slot + 1) << -shift
 }
 
-// StandIns is how many following slots the dataplane tries for a backend that
-// is gone.
-const StandIns = 8
-
 // standIn returns who took new flows of a slot whose backend is gone.
 func (t *Table) standIn(slot uint32, gone func(Backend) bool) Backend {
 	for i := range uint32(StandIns) {
@@ -140,7 +179,7 @@ func (t *Table) standIn(slot uint32, gone func(Backend) bool) Backend {
 // owns flows, at the table's size or another, and when it was asked.
 type Answer struct {
 	Asked time.Time
-	Owns  []uint64 // a bitmap; its length in bits is a power of two
+	Owns  []uint64 // a bitmap; its length in bits is a power of two, 64 at least
 }
 
 // owns says whether any flow is in a slot's range.
@@ -154,97 +193,73 @@ func (a Answer) owns(slot uint32, size int) bool {
 	return false
 }
 
+// each calls f with each slot of a table of this size that has flows.
+func (a Answer) each(size int, f func(slot uint32)) {
+	next := uint32(0)
+	for word, set := range a.Owns {
+		for ; set != 0; set &= set - 1 {
+			from, to := overlap(uint32(64*word+bits.TrailingZeros64(set)), 64*len(a.Owns), size)
+			for slot := max(from, next); slot < to; slot++ { // bits of a finer bitmap share a slot
+				f(slot)
+				next = slot + 1
+			}
+		}
+	}
+}
+
 // Census takes in what backends' nodes answered. A candidate that owns nothing
 // in a slot, asked Settle after the slot's last change, leaves it; a backend
 // that owns flows in a slot of another becomes a candidate, in place of one
 // that owns nothing if there are too many. Who did not answer stays what it is.
 func (t *Table) Census(answers map[Backend]Answer) {
 	for slot, c := range t.contested {
-		c.candidates = slices.DeleteFunc(slices.Clone(c.candidates), func(b Backend) bool {
+		c.candidates.drop(func(b Backend) bool {
 			a, ok := answers[b]
 			return ok && !a.Asked.Before(c.changed.Add(Settle)) && !a.owns(slot, len(t.owners))
 		})
 		t.keep(slot, c)
 	}
 	for _, b := range sorted(answers) {
-		a := answers[b]
-		a.each(len(t.owners), func(slot uint32) {
-			c := t.contested[slot]
-			if t.owners[slot] == b || slices.Contains(c.candidates, b) {
-				return
-			}
-			c.candidates = slices.Clone(c.candidates)
-			if len(c.candidates) == MaxCandidates {
-				idle := slices.IndexFunc(c.candidates, func(other Backend) bool {
-					known, ok := answers[other]
-					return ok && !known.owns(slot, len(t.owners))
-				})
-				if idle < 0 {
-					return
-				}
-				c.candidates = slices.Delete(c.candidates, idle, idle+1)
-			}
-			c.candidates = append(c.candidates, b)
-			t.keep(slot, c)
+		answers[b].each(len(t.owners), func(slot uint32) { t.claim(slot, b, answers) })
+	}
+}
+
+// claim makes a backend that owns flows in a slot one of its candidates.
+func (t *Table) claim(slot uint32, b Backend, answers map[Backend]Answer) {
+	c := t.contested[slot]
+	if t.owners[slot] == b || c.candidates.Has(b) {
+		return
+	}
+	if c.candidates.Full() {
+		dropped := false
+		c.candidates.drop(func(other Backend) bool {
+			a, ok := answers[other]
+			idle := ok && !dropped && !a.owns(slot, len(t.owners))
+			dropped = dropped || idle
+			return idle
 		})
 	}
+	c.candidates.add(b)
+	t.keep(slot, c)
 }
 
-// each calls f with each slot of a table of this size that has flows.
-func (a Answer) each(size int, f func(slot uint32)) {
-	last := -1
-	for word, set := range a.Owns {
-		for ; set != 0; set &= set - 1 {
-			at := uint32(64*word + bits.TrailingZeros64(set))
-			from, to := overlap(at, 64*len(a.Owns), size)
-			for slot := from; slot < to; slot++ {
-				// Several bits of a finer bitmap are one slot.
-				if int(slot) > last {
-					f(slot)
-					last = int(slot)
-				}
-			}
-		}
-	}
-}
-
-// Expire ends the contests for candidates whose nodes nobody can ask, once
+// Expire ends the contests for candidates that nobody can be asked about, once
 // their slot has not changed for so long that none of its flows can be alive.
 func (t *Table) Expire(asked func(Backend) bool, idle time.Duration, now time.Time) {
 	for slot, c := range t.contested {
-		if now.Sub(c.changed) < idle {
-			continue
+		if now.Sub(c.changed) >= idle {
+			c.candidates.drop(func(b Backend) bool { return !asked(b) })
+			t.keep(slot, c)
 		}
-		c.candidates = slices.DeleteFunc(slices.Clone(c.candidates), func(b Backend) bool { return !asked(b) })
-		t.keep(slot, c)
 	}
 }
 
 func (t *Table) keep(slot uint32, c contest) {
-	if len(c.candidates) == 0 {
+	if c.candidates == (List{}) {
 		delete(t.contested, slot)
 		return
 	}
 	t.contested[slot] = c
-}
-
-// Suspect makes backends candidates of every slot: those that have never said
-// what they own. At most MaxCandidates of a slot are remembered.
-func (t *Table) Suspect(backends []Backend) {
-	if len(backends) == 0 {
-		return
-	}
-	for slot := range t.owners {
-		c := t.contested[uint32(slot)]
-		fresh := slices.Clone(c.candidates)
-		for _, b := range backends {
-			if b != t.owners[slot] && !slices.Contains(fresh, b) && len(fresh) < MaxCandidates {
-				fresh = append(fresh, b)
-			}
-		}
-		c.candidates = fresh
-		t.keep(uint32(slot), c)
-	}
 }
 
 func sorted(answers map[Backend]Answer) []Backend {
