@@ -34,6 +34,7 @@ var mayImport = map[string][]string{
 	"internal/file":      slices.Concat(kubernetes, []string{"internal/lb", "go.yaml.in/yaml/v3", "github.com/fsnotify/fsnotify"}),
 	"internal/route":     slices.Concat(netlink, []string{"internal/lb"}),
 	"internal/dataplane": slices.Concat(netlink, []string{"internal/lb", "internal/maglev", "internal/slots", "internal/flowhash", "github.com/cilium/ebpf"}),
+	"internal/peer":      {"internal/lb"},
 	"internal/status":    {"internal/lb", "github.com/prometheus/client_golang"},
 
 	// Assembly.

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package peer
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"crypto/tls"
+)
+
+const path = "/v1/census"
+
+// Source answers questions about this node's flows, in their order.
+type Source func(questions []Question) ([][]Answer, error)
+
+// Serve answers on a listener until ctx ends.
+func Serve(ctx context.Context, listener net.Listener, identity *Identity, mayAsk func(node string) bool, source Source) error {
+	mux := http.NewServeMux()
+	mux.Handle("POST "+path, handler(source))
+	server := &http.Server{Handler: mux, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10}
+	stop := context.AfterFunc(ctx, func() { server.Close() })
+	defer stop()
+	err := server.Serve(tls.NewListener(listener, identity.server(mayAsk)))
+	if ctx.Err() != nil || errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return fmt.Errorf("answer peers on %s: %w", listener.Addr(), err)
+}
+
+// handler answers a census. Who has the same answer already is told so.
+func handler(source Source) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var questions []Question
+		decoder := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+		decoder.DisallowUnknownFields()
+		err := decoder.Decode(&questions)
+		if err == nil {
+			err = check(questions)
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		answers, err := source(questions)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		body := encode(answers)
+		sum := sha256.Sum256(body)
+		tag := `"` + hex.EncodeToString(sum[:16]) + `"`
+		w.Header().Set("ETag", tag)
+		if r.Header.Get("If-None-Match") == tag {
+			w.WriteHeader(http.StatusNotModified)
+			return
+		}
+		_, _ = w.Write(body)
+	})
+}
+
+// Client asks other nodes' agents. It is safe for concurrent use.
+type Client struct {
+	identity *Identity
+	mu       sync.Mutex
+	nodes    map[string]*node
+}
+
+// node is what is kept of one that was asked: the connection and, for the next
+// time, the answer.
+type node struct {
+	mu     sync.Mutex
+	http   *http.Client
+	asked  string // the questions
+	tag    string
+	answer []byte
+}
+
+// NewClient returns a Client that asks as this node.
+func NewClient(identity *Identity) *Client {
+	return &Client{identity: identity, nodes: map[string]*node{}}
+}
+
+func (c *Client) node(name string) *node {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := c.nodes[name]
+	if n == nil {
+		transport := &http.Transport{TLSClientConfig: c.identity.client(name), MaxIdleConns: 1, IdleConnTimeout: time.Minute,
+			TLSHandshakeTimeout: 2 * time.Second, DialContext: (&net.Dialer{Timeout: time.Second}).DialContext}
+		n = &node{http: &http.Client{Transport: transport}}
+		c.nodes[name] = n
+	}
+	return n
+}
+
+// Keep forgets all nodes but those that are still there.
+func (c *Client) Keep(there map[string]bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for name, n := range c.nodes {
+		if !there[name] {
+			n.http.CloseIdleConnections()
+			delete(c.nodes, name)
+		}
+	}
+}
+
+// Ask asks the agent of a node, which is at an address; the answers are in the
+// order of the questions and their targets.
+func (c *Client) Ask(ctx context.Context, name string, at netip.AddrPort, questions []Question) ([][]Answer, error) {
+	n := c.node(name)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	answers, err := n.ask(ctx, at, questions)
+	if err != nil {
+		return nil, fmt.Errorf("ask the agent of node %s at %s: %w", name, at, err)
+	}
+	return answers, nil
+}
+
+func (n *node) ask(ctx context.Context, at netip.AddrPort, questions []Question) ([][]Answer, error) {
+	body, err := json.Marshal(questions)
+	if err != nil {
+		return nil, err
+	}
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+at.String()+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	if string(body) == n.asked {
+		request.Header.Set("If-None-Match", n.tag)
+	}
+	response, err := n.http.Do(request)
+	if err != nil {
+		return nil, err
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
+	switch {
+	case err != nil:
+		return nil, err
+	case response.StatusCode == http.StatusNotModified && string(body) == n.asked:
+		return decode(n.answer, questions)
+	case response.StatusCode != http.StatusOK:
+		return nil, fmt.Errorf("%s: %s", response.Status, bytes.TrimSpace(text[:min(len(text), 200)]))
+	}
+	answers, err := decode(text, questions)
+	if err == nil {
+		n.asked, n.tag, n.answer = string(body), response.Header.Get("ETag"), text
+	}
+	return answers, err
+}
