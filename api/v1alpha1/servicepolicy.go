@@ -29,6 +29,16 @@ type ServicePolicySpec struct {
 	// TableSize fixes the number of slots of each port: a power of two from
 	// 256 to 131072. By default, or 0, it follows the number of backends.
 	TableSize int64 `json:"tableSize,omitempty"`
+
+	// Drain says how backends that are leaving are treated.
+	Drain Drain `json:"drain,omitempty"`
+}
+
+// Drain says how backends that are leaving are treated.
+type Drain struct {
+	// Timeout ends the connections that a backend still has so long after it
+	// began to leave. By default, or 0, they last until the endpoint goes.
+	Timeout metav1.Duration `json:"timeout,omitempty"`
 }
 
 // TargetRef names a Service in the policy's namespace.

@@ -29,6 +29,10 @@ type contents struct {
 	pods     hashMap[bpfPodKey, bpfPod]
 	lbNodes  hashMap[bpfLbNodeKey, uint32]
 
+	// purge removes the flows, confirmed or not, of the Pods that f says; nil
+	// where there are none.
+	purge func(f func(bpfPodKey) bool) error
+
 	mapped [][]byte // the memory behind the arrays
 }
 

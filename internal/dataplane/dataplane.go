@@ -83,6 +83,8 @@ type Dataplane struct {
 	constant bpfConfig // that the attached programs were loaded with
 	hooks    *hooks
 	flows    int // when they were last counted
+
+	ownership *Ownership // the last, see Owned
 }
 
 // Open checks what can be checked before there is a plan. It loads nothing.
@@ -153,7 +155,7 @@ func (d *Dataplane) prepare(want Desired) error {
 	if err := d.balancer.set(want.Plan, want.NextHops, now); err != nil {
 		return err
 	}
-	if err := d.receiver.set(want.Plan, now); err != nil {
+	if err := d.receiver.set(want.Plan); err != nil {
 		return err
 	}
 	if constant == d.constant {
@@ -182,7 +184,7 @@ func (d *Dataplane) load(constant bpfConfig, plan lb.Plan) error {
 	if !plan.LoadBalancer {
 		limits = limits.withoutBalancer()
 	}
-	receiver, err := newReceiver(maps, limits, d.config.Timeouts.TCP, d.now())
+	receiver, err := newReceiver(maps, limits)
 	if err != nil {
 		loaded.close()
 		return err

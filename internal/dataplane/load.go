@@ -148,7 +148,7 @@ func (o *objects) close() error { return o.bpfObjects.Close() }
 // contents maps the arrays into memory.
 func (o *objects) contents() (*contents, error) {
 	c := &contents{services: kernelMap[bpfServiceKey, uint32]{o.Services},
-		pods: kernelMap[bpfPodKey, bpfPod]{o.Pods}, lbNodes: kernelMap[bpfLbNodeKey, uint32]{o.LbNodes}}
+		purge: o.purgeFlows, pods: kernelMap[bpfPodKey, bpfPod]{o.Pods}, lbNodes: kernelMap[bpfLbNodeKey, uint32]{o.LbNodes}}
 	err := errors.Join(
 		mapArray(c, o.ServiceWords, &c.serviceWords), mapArray(c, o.Slots, &c.slots), mapArray(c, o.Candidates, &c.candidates),
 		mapArray(c, o.ServiceDenials, &c.denials), mapArray(c, o.VipBits, &c.vipBits),

@@ -5,25 +5,25 @@ package dataplane
 import (
 	"fmt"
 	"net/netip"
-	"time"
 
 	"fairlead.dev/fairlead/internal/lb"
 )
 
 // receiver makes the maps of role backend match a plan: which Pods are here
-// and what they serve, and who may send tunnels.
+// and what they serve, and who may send tunnels. Flows of Pods that are gone
+// are purged: nothing is delivered to whoever has their address next.
 type receiver struct {
 	maps  *contents
-	limit int           // of pods
-	keep  time.Duration // a Pod that left the plan, for the flows it still has
+	limit int // of pods
 
 	pods    map[bpfPodKey]bpfPod
-	leaving map[bpfPodKey]time.Time
+	uids    map[bpfPodKey]string
 	lbNodes map[bpfLbNodeKey]uint32
+	purged  bool // flows of before the start, whose Pods are gone
 }
 
 // newReceiver adopts what the maps hold already.
-func newReceiver(maps *contents, limits Limits, keep time.Duration, now time.Time) (*receiver, error) {
+func newReceiver(maps *contents, limits Limits) (*receiver, error) {
 	pods, err := maps.pods.All()
 	if err != nil {
 		return nil, fmt.Errorf("read pods: %w", err)
@@ -32,14 +32,10 @@ func newReceiver(maps *contents, limits Limits, keep time.Duration, now time.Tim
 	if err != nil {
 		return nil, fmt.Errorf("read lb_nodes: %w", err)
 	}
-	r := &receiver{maps: maps, limit: limits.Pods, keep: keep, pods: pods, leaving: map[bpfPodKey]time.Time{}, lbNodes: lbNodes}
-	for key := range pods {
-		r.leaving[key] = now
-	}
-	return r, nil
+	return &receiver{maps: maps, limit: limits.Pods, pods: pods, uids: map[bpfPodKey]string{}, lbNodes: lbNodes}, nil
 }
 
-func (r *receiver) set(plan lb.Plan, now time.Time) error {
+func (r *receiver) set(plan lb.Plan) error {
 	pods, lbNodes, err := r.wanted(plan)
 	if err != nil {
 		return err
@@ -47,17 +43,50 @@ func (r *receiver) set(plan lb.Plan, now time.Time) error {
 	if err := difference(r.lbNodes, lbNodes, r.maps.lbNodes); err != nil {
 		return fmt.Errorf("program lb_nodes: %w", err)
 	}
-	for key, value := range pods {
-		delete(r.leaving, key)
-		if known, ok := r.pods[key]; ok && known == value {
-			continue
+	gone := map[bpfPodKey]bool{}
+	for key := range r.pods {
+		if _, ok := pods[key]; !ok {
+			gone[key] = true
 		}
-		if err := r.maps.pods.Put(key, value); err != nil {
-			return fmt.Errorf("program Pod %s: %w", addrOf(key.Address), err)
-		}
-		r.pods[key] = value
 	}
-	return r.expire(pods, now)
+	for _, pod := range plan.Pods {
+		key := podKey(pod)
+		if old := r.uids[key]; old != "" && old != pod.UID {
+			gone[key] = true // another Pod has the address now
+		}
+	}
+	if err := difference(r.pods, pods, r.maps.pods); err != nil {
+		return fmt.Errorf("program pods: %w", err)
+	}
+	if err := r.purge(gone); err != nil {
+		return err
+	}
+	clear(r.uids)
+	for _, pod := range plan.Pods {
+		r.uids[podKey(pod)] = pod.UID
+	}
+	return nil
+}
+
+// purge removes the flows of Pods that are gone, and the first time those of
+// all that are not there.
+func (r *receiver) purge(gone map[bpfPodKey]bool) error {
+	if r.purged && len(gone) == 0 || r.maps.purge == nil {
+		return nil
+	}
+	err := r.maps.purge(func(key bpfPodKey) bool {
+		_, there := r.pods[key]
+		return gone[key] || !there
+	})
+	if err != nil {
+		return fmt.Errorf("purge the flows of Pods that are gone: %w", err)
+	}
+	r.purged = true
+	return nil
+}
+
+func podKey(p lb.Pod) bpfPodKey {
+	return bpfPodKey{Address: bpfAddrOf(p.Target.Addr()), Port: swap16(p.Target.Port()), Proto: uint8(p.Protocol)}
 }
 
 // wanted turns the plan into map contents, and refuses what does not fit.
@@ -79,7 +108,7 @@ func (r *receiver) wanted(plan lb.Plan) (map[bpfPodKey]bpfPod, map[bpfLbNodeKey]
 		for i, vip := range pod.Serves {
 			value.Serves[i] = bpfVipPort{Vip: bpfAddrOf(vip.Addr()), Port: swap16(vip.Port())}
 		}
-		pods[bpfPodKey{Address: bpfAddrOf(pod.Target.Addr()), Port: swap16(pod.Target.Port()), Proto: uint8(pod.Protocol)}] = value
+		pods[podKey(pod)] = value
 	}
 	lbNodes := make(map[bpfLbNodeKey]uint32, len(plan.LBNodes))
 	for i, node := range plan.LBNodes {
@@ -94,29 +123,6 @@ func lbNodeKey(p netip.Prefix) bpfLbNodeKey {
 		length += 96
 	}
 	return bpfLbNodeKey{PrefixLen: uint32(length), Address: bpfAddrOf(p.Masked().Addr())}
-}
-
-// expire removes the Pods that left the plan long enough ago that none of
-// their flows can be alive; earlier, when there is no room for them.
-func (r *receiver) expire(wanted map[bpfPodKey]bpfPod, now time.Time) error {
-	for key := range r.pods {
-		if _, ok := wanted[key]; ok {
-			continue
-		}
-		since, ok := r.leaving[key]
-		if !ok {
-			r.leaving[key], since = now, now
-		}
-		if now.Sub(since) < r.keep && len(r.pods) <= r.limit {
-			continue
-		}
-		if err := r.maps.pods.Delete(key); err != nil {
-			return fmt.Errorf("remove Pod %s: %w", addrOf(key.Address), err)
-		}
-		delete(r.pods, key)
-		delete(r.leaving, key)
-	}
-	return nil
 }
 
 // difference makes a map equal to want: it adds before it deletes, and keeps

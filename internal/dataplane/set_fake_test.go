@@ -70,14 +70,14 @@ func newFake(tb testing.TB) *fake {
 	}
 	f.balancer = newBalancer(f.maps, smallLimits, flowhash.Secret{1, 2, 3}.Tag)
 	var err error
-	f.receiver, err = newReceiver(f.maps, smallLimits, time.Hour, f.now)
+	f.receiver, err = newReceiver(f.maps, smallLimits)
 	must(tb, err)
 	return f
 }
 
 func (f *fake) set(want Desired) error {
 	f.now = f.now.Add(2 * rest)
-	return errors.Join(f.balancer.set(want.Plan, want.NextHops, f.now), f.receiver.set(want.Plan, f.now))
+	return errors.Join(f.balancer.set(want.Plan, want.NextHops, f.now), f.receiver.set(want.Plan))
 }
 
 func (f *fake) dump(tb testing.TB) string {
@@ -121,23 +121,12 @@ func TestSetGoesOnAfterFailures(t *testing.T) {
 		fresh := newFake(t)
 		must(t, fresh.set(want))
 		f.fails = func() bool { return false }
-		got, expected := withoutPods(f.dump(t)), withoutPods(fresh.dump(t))
+		got, expected := f.dump(t), fresh.dump(t)
 		if got != expected {
 			t.Fatalf("round %d: after failures\n%s\nfrom scratch\n%s", round, got, expected)
 		}
 		must(t, f.balancer.verify(want.Plan))
 	}
-}
-
-// withoutPods: a Pod that left the plan stays for the flows that it may have.
-func withoutPods(dump string) string {
-	var kept []string
-	for line := range strings.Lines(dump) {
-		if !strings.HasPrefix(line, "pod ") {
-			kept = append(kept, line)
-		}
-	}
-	return strings.Join(kept, "")
 }
 
 // No number and no run of slots is used again within a second.

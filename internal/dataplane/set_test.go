@@ -5,16 +5,19 @@ package dataplane
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 
@@ -246,7 +249,12 @@ func TestRestartAdopts(t *testing.T) {
 	want := desired(testPlan(3))
 	first := openTest(t, dir, smallLimits)
 	must(t, first.Set(context.Background(), want))
-	must(t, first.loaded.Flows.Put(bpfFlowKey{Proto: 6}, bpfFlow{State: uint8(bpfFlowStateFLOW_ESTABLISHED)}))
+	local := want.Plan.Pods[0].Target
+	owned := bpfFlow{State: uint8(bpfFlowStateFLOW_ESTABLISHED), Pod: bpfAddrOf(local.Addr()), PodPort: swap16(local.Port())}
+	gone := owned
+	gone.PodPort++
+	must(t, first.loaded.Flows.Put(bpfFlowKey{Proto: 17}, owned))
+	must(t, first.loaded.Flows.Put(bpfFlowKey{Proto: 17, Pad: [3]uint8{1}}, gone))
 	must(t, first.Close())
 	device, err := netlink.LinkByName("eth0")
 	must(t, err)
@@ -257,8 +265,11 @@ func TestRestartAdopts(t *testing.T) {
 	must(t, second.Set(context.Background(), want))
 	must(t, second.Verify(want))
 	var flow bpfFlow
-	if err := second.loaded.Flows.Lookup(bpfFlowKey{Proto: 6}, &flow); err != nil {
+	if err := second.loaded.Flows.Lookup(bpfFlowKey{Proto: 17}, &flow); err != nil {
 		t.Errorf("a flow of before: %v", err)
+	}
+	if err := second.loaded.Flows.Lookup(bpfFlowKey{Proto: 17, Pad: [3]uint8{1}}, &flow); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Errorf("a flow of a Pod that has gone: %v", err)
 	}
 	must(t, second.Close())
 	must(t, Cleanup(dir))
@@ -293,4 +304,49 @@ func TestAsManyServicesAsTheLimit(t *testing.T) {
 	}
 	must(t, d.Set(context.Background(), want))
 	must(t, d.Verify(want))
+}
+
+// A Pod that is gone has no flows, nor has another that has its address now.
+func TestFlowsOfPodsThatAreGone(t *testing.T) {
+	vethNamespace(t)
+	d := openTest(t, pinDir(t), smallLimits)
+	want := desired(testPlan(1))
+	want.Plan.Pods[0].UID = "first"
+	must(t, d.Set(context.Background(), want))
+	local := want.Plan.Pods[0].Target
+	flow := bpfFlow{State: uint8(bpfFlowStateFLOW_ESTABLISHED), Pod: bpfAddrOf(local.Addr()), PodPort: swap16(local.Port()), Hash: 1 << 63}
+	key := bpfFlowKey{Proto: 17, Vip: bpfAddrOf(netip.MustParseAddr("192.0.2.1")), VipPort: swap16(53)}
+	count := func() int {
+		n := 0
+		must(t, eachFlow(d.loaded.Flows, func(bpfFlowKey, *bpfFlow) { n++ }))
+		must(t, eachFlow(d.loaded.Pending, func(bpfFlowKey, *bpfFlow) { n++ }))
+		return n
+	}
+	put := func() {
+		must(t, d.loaded.Flows.Put(key, flow))
+		must(t, d.loaded.Pending.Put(bpfFlowKey{Proto: 17, ClientPort: 9}, flow))
+		must(t, d.Set(context.Background(), want))
+	}
+	put()
+	if got := count(); got != 2 {
+		t.Errorf("%d flows, want 2", got)
+	}
+	owned, err := d.Owned()
+	must(t, err)
+	flows, slots := owned.Slots(netip.MustParseAddrPort("192.0.2.1:53"), lb.UDP, local, 8)
+	if flows != 1 || len(slots) != 4 || slots[2] != 1 {
+		t.Errorf("owned: %d flows in %#x", flows, slots)
+	}
+	want.Plan.Pods = slices.Clone(want.Plan.Pods)
+	want.Plan.Pods[0].UID = "second"
+	must(t, d.Set(context.Background(), want))
+	if got := count(); got != 0 {
+		t.Errorf("%d flows of a Pod whose address another has", got)
+	}
+	put()
+	want.Plan.Pods = nil
+	must(t, d.Set(context.Background(), want))
+	if got := count(); got != 0 {
+		t.Errorf("%d flows of a Pod that has gone", got)
+	}
 }

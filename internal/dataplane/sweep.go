@@ -27,23 +27,15 @@ func (d *Dataplane) Sweep() (flows int, err error) {
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC_COARSE, &now); err != nil {
 		return 0, fmt.Errorf("read the clock: %w", err)
 	}
-	keys, values := make([]bpfFlowKey, sweepBatch), make([]bpfFlow, sweepBatch)
 	var idle []bpfFlowKey
-	var cursor ebpf.MapBatchCursor
-	for {
-		n, err := d.loaded.Flows.BatchLookup(&cursor, keys, values, nil)
-		for i := range n {
-			flows++
-			if d.idle(keys[i], values[i], uint64(now.Nano())) {
-				idle = append(idle, keys[i])
-			}
+	err = eachFlow(d.loaded.Flows, func(key bpfFlowKey, flow *bpfFlow) {
+		flows++
+		if d.idle(key, *flow, uint64(now.Nano())) {
+			idle = append(idle, key)
 		}
-		if errors.Is(err, ebpf.ErrKeyNotExist) {
-			break
-		}
-		if err != nil {
-			return flows, fmt.Errorf("read flows: %w", err)
-		}
+	})
+	if err != nil {
+		return flows, err
 	}
 	for _, key := range idle {
 		if err := d.loaded.Flows.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
@@ -52,6 +44,45 @@ func (d *Dataplane) Sweep() (flows int, err error) {
 	}
 	d.flows = flows - len(idle)
 	return d.flows, nil
+}
+
+// eachFlow calls f with each entry of flows or pending.
+func eachFlow(m *ebpf.Map, f func(bpfFlowKey, *bpfFlow)) error {
+	keys, values := make([]bpfFlowKey, sweepBatch), make([]bpfFlow, sweepBatch)
+	var cursor ebpf.MapBatchCursor
+	for {
+		n, err := m.BatchLookup(&cursor, keys, values, nil)
+		for i := range n {
+			f(keys[i], &values[i])
+		}
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read %s: %w", m, err)
+		}
+	}
+}
+
+// purgeFlows removes the entries of the Pods that f says.
+func (o *objects) purgeFlows(f func(bpfPodKey) bool) error {
+	for _, m := range []*ebpf.Map{o.Flows, o.Pending} {
+		var gone []bpfFlowKey
+		err := eachFlow(m, func(key bpfFlowKey, flow *bpfFlow) {
+			if f(bpfPodKey{Address: flow.Pod, Port: flow.PodPort, Proto: key.Proto}) {
+				gone = append(gone, key)
+			}
+		})
+		if err != nil {
+			return err
+		}
+		for _, key := range gone {
+			if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("delete from %s: %w", m, err)
+			}
+		}
+	}
+	return nil
 }
 
 func (d *Dataplane) idle(key bpfFlowKey, flow bpfFlow, now uint64) bool {

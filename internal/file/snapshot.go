@@ -228,6 +228,10 @@ func (b *builder) addPolicy(o *object, v *v1alpha1.ServicePolicy) {
 		size = 0
 	}
 	policy.TableSize = uint32(size)
+	if policy.DrainTimeout = v.Spec.Drain.Timeout.Duration; policy.DrainTimeout < 0 {
+		o.find(badPolicy, "spec.drain.timeout", "%s is negative", policy.DrainTimeout)
+		policy.DrainTimeout = 0
+	}
 	if len(v.Spec.TargetRefs) == 0 {
 		o.find(badPolicy, "spec.targetRefs", "empty: it names no Service")
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 )
 
 // Plan is exactly what one node must do: plain, sorted, comparable values, and
@@ -53,6 +54,9 @@ type Frontend struct {
 	PortName    string
 	Independent bool
 	Mode        Mode // of its policy: ModeGeneve or ModeIPIP
+	// DrainTimeout is how long a backend may be in another state than Active; 0:
+	// as long as it likes.
+	DrainTimeout time.Duration
 	// TableSize is the number of slots: a power of two, 256 to 131072, or 0
 	// when there is no backend at all.
 	TableSize uint32
@@ -113,6 +117,7 @@ type Pod struct {
 	Protocol Protocol
 	Serves   []netip.AddrPort // VIPs and ports, sorted, 1 to 8
 	Service  ServiceID        // the first that it serves
+	UID      string           // of the Pod, "" when unknown: another has none of its flows
 }
 
 // LBNode is a source of tunnel packets.

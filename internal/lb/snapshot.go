@@ -108,6 +108,9 @@ type Policy struct {
 	TableSize uint32
 	// Independent: each datagram stands alone, as in DNS.
 	Independent bool
+	// DrainTimeout bounds how long a backend that takes no new flows keeps those
+	// that it has; 0: until its endpoint goes.
+	DrainTimeout time.Duration
 }
 
 // Node is one machine of the shard.

@@ -79,8 +79,8 @@ type candidate struct {
 type rank int
 
 const (
-	never      rank = iota // neither ready nor serving
-	lastResort             // terminating, but still serving: only if none is ready
+	failing    rank = iota // keeps its TCP connections: not ready, or no more serving
+	lastResort             // terminating, but still serving: new flows only if none is ready
 	usableAlways
 )
 
@@ -91,7 +91,7 @@ func rankOf(s *lb.Service, e *lb.Endpoint) rank {
 	case e.Serving && e.Terminating:
 		return lastResort
 	}
-	return never
+	return failing
 }
 
 // candidates are the endpoints of a VIP's family that have the port, each
@@ -113,18 +113,20 @@ func candidates(s *lb.Service, vip netip.Addr, port lb.ServicePort) []candidate 
 }
 
 // frontend chooses who takes new flows: the ready endpoints, and only if there
-// is none, those that are terminating but still serve.
+// is none, those that are terminating but still serve. All others keep what
+// they have until their endpoint goes.
 func (p *planner) frontend(s *lb.Service, vip netip.Addr, port lb.ServicePort) lb.Frontend {
 	f := lb.Frontend{ID: lb.FrontendID{VIP: vip, Port: port.Port, Protocol: port.Protocol}, Service: s.ID, PortName: port.Name,
-		Independent: s.Policy.Independent && port.Protocol == lb.UDP, Mode: s.Policy.Mode}
+		Independent: s.Policy.Independent && port.Protocol == lb.UDP, Mode: s.Policy.Mode,
+		DrainTimeout: s.Policy.DrainTimeout}
 	all := candidates(s, vip, port)
 	anyReady := slices.ContainsFunc(all, func(c candidate) bool { return c.rank == usableAlways })
 	for _, c := range all {
-		if c.rank == never {
-			continue
-		}
 		state := lb.Active
-		if c.rank == lastResort && anyReady {
+		switch {
+		case c.rank == failing:
+			state = lb.Failing
+		case c.rank == lastResort && anyReady:
 			state = lb.Draining
 		}
 		id, problem := p.reach(s, vip, port, c)
@@ -186,7 +188,7 @@ func (p *planner) pods(services []lb.Service) []lb.Pod {
 			for _, port := range s.Ports {
 				for _, c := range candidates(s, vip, port) {
 					if p.locate.Node(c.endpoint) == p.self {
-						p.serve(found, s, vip, port, c.target)
+						p.serve(found, s, vip, port, c)
 					}
 				}
 			}
@@ -211,15 +213,15 @@ func (p *planner) pods(services []lb.Service) []lb.Pod {
 	return pods
 }
 
-func (p *planner) serve(found map[podKey]*lb.Pod, s *lb.Service, vip netip.Addr, port lb.ServicePort, target netip.AddrPort) {
-	front := netip.AddrPortFrom(vip, port.Port)
+func (p *planner) serve(found map[podKey]*lb.Pod, s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) {
+	front, target := netip.AddrPortFrom(vip, port.Port), c.target
 	if s.Policy.Mode == lb.ModeIPIP {
 		target = front // the server holds the VIP itself
 	}
 	key := podKey{target, port.Protocol}
 	pod := found[key]
 	if pod == nil {
-		pod = &lb.Pod{Target: target, Protocol: port.Protocol, Service: s.ID}
+		pod = &lb.Pod{Target: target, Protocol: port.Protocol, Service: s.ID, UID: c.endpoint.UID}
 		found[key] = pod
 	}
 	if !slices.Contains(pod.Serves, front) {

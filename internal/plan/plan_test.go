@@ -75,7 +75,7 @@ func states(t *testing.T, s lb.Snapshot) map[byte]string {
 	return found
 }
 
-// The table of what kube-proxy makes of an endpoint's conditions, row by row:
+// What becomes of an endpoint under each of its conditions (KEP-1669), row by row:
 // alone, and beside one that is ready.
 func TestConditions(t *testing.T) {
 	for _, c := range []struct {
@@ -84,10 +84,10 @@ func TestConditions(t *testing.T) {
 	}{
 		{true, true, false, "active", "active"},
 		{true, false, false, "active", "active"},
-		{false, false, false, "", ""},
-		{false, true, false, "", ""},
+		{false, false, false, "failing", "failing"},
+		{false, true, false, "failing", "failing"},
 		{false, true, true, "active", "draining"},
-		{false, false, true, "", ""},
+		{false, false, true, "failing", "failing"},
 		{true, true, true, "active", "active"}, // publishNotReadyAddresses
 	} {
 		e := endpoint(1, c.ready, c.serving, c.terminating)
