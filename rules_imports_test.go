@@ -41,12 +41,13 @@ var mayImport = map[string][]string{
 	"internal/run": {},
 	"internal/agent": {
 		"internal/lb", "internal/plan", "internal/file", "internal/route", "internal/dataplane", "internal/status", "internal/run",
+		"internal/peer", "internal/slots",
 		"internal/flowhash", "go.yaml.in/yaml/v3", "github.com/prometheus/client_golang", "github.com/vishvananda/netlink",
 	},
 
 	// For tests and the demo.
 	"internal/need":    {},
-	"internal/testnet": slices.Concat(netlink, []string{"internal/lb", "internal/flowhash", "internal/status", "github.com/cilium/ebpf"}),
+	"internal/testnet": slices.Concat(netlink, []string{"internal/lb", "internal/peer", "internal/flowhash", "internal/status", "github.com/cilium/ebpf"}),
 	"internal/demo":    {"internal/testnet", "internal/lb", "internal/status", "golang.org/x/term", "golang.org/x/sys/"},
 }
 

@@ -10,21 +10,25 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"fairlead.dev/fairlead/internal/agent"
 	"fairlead.dev/fairlead/internal/flowhash"
+	"fairlead.dev/fairlead/internal/peer"
 )
 
 func keysCommand() *cobra.Command {
 	var dir string
 	c := &cobra.Command{
 		Use:   "keys --dir DIR NODE...",
-		Short: "Make the shard's secret, and the tag of each worker",
-		Long: `Make the shard's secret (DIR/shard.secret, for LB nodes alone) and the tag of each
-named backends' node (DIR/tags/NODE.tag, for that node alone). What exists is
-kept: run it again with the names of new nodes.`,
+		Short: "Make the shard's secret, and each node's tag and certificate",
+		Long: `Make the shard's secret (DIR/shard.secret, for LB nodes alone), and for each named
+node, for that node alone, its tag (DIR/tags/NODE.tag) and the certificate and
+key by which agents know each other (DIR/tls/NODE.crt, .key). DIR/ca.crt belongs
+on every node, DIR/ca.key on none. What exists is kept: run it again with the
+names of new nodes.`,
 		Args: args(cobra.MinimumNArgs(1)),
 		RunE: func(c *cobra.Command, nodes []string) error {
 			path := filepath.Join(dir, "shard.secret")
@@ -33,6 +37,10 @@ kept: run it again with the names of new nodes.`,
 				return err
 			}
 			fmt.Fprintln(c.OutOrStdout(), path)
+			authority, err := readOrMakeAuthority(dir)
+			if err != nil {
+				return err
+			}
 			for _, node := range nodes {
 				if node == "" || strings.ContainsAny(node, "/\x00") || node[0] == '.' {
 					return usage("%q is not a node's name", node)
@@ -43,12 +51,53 @@ kept: run it again with the names of new nodes.`,
 					return err
 				}
 				fmt.Fprintln(c.OutOrStdout(), path)
+				certificate := filepath.Join(dir, "tls", node+".crt")
+				if err := issue(authority, node, certificate); err != nil {
+					return err
+				}
+				fmt.Fprintln(c.OutOrStdout(), certificate)
 			}
 			return nil
 		},
 	}
 	c.Flags().StringVar(&dir, "dir", "keys", "where the files go")
 	return c
+}
+
+// readOrMakeAuthority reads the authority of a directory, or makes one.
+func readOrMakeAuthority(dir string) (*peer.Authority, error) {
+	certificatePath, keyPath := filepath.Join(dir, "ca.crt"), filepath.Join(dir, "ca.key")
+	certificate, err := os.ReadFile(certificatePath)
+	if errors.Is(err, fs.ErrNotExist) {
+		authority, certificate, key, err := peer.NewAuthority(time.Now())
+		if err != nil {
+			return nil, err
+		}
+		return authority, errors.Join(agent.WriteKey(keyPath, string(key)), agent.WriteKey(certificatePath, string(certificate)))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the authority's certificate: %w", err)
+	}
+	key, err := os.ReadFile(keyPath)
+	if err != nil {
+		return nil, fmt.Errorf("read the authority's key: %w; put it back, or remove %s to begin anew", err, certificatePath)
+	}
+	return peer.ParseAuthority(certificate, key)
+}
+
+// issue makes a node's certificate and key, unless they are there.
+func issue(authority *peer.Authority, node, path string) error {
+	if _, err := os.Stat(path); err == nil {
+		return nil
+	}
+	certificate, key, err := authority.Issue(node, time.Now())
+	if err != nil {
+		return err
+	}
+	if err := agent.WriteKey(strings.TrimSuffix(path, ".crt")+".key", string(key)); err != nil {
+		return err
+	}
+	return agent.WriteKey(path, string(certificate))
 }
 
 func readOrMakeSecret(path string) (flowhash.Secret, error) {

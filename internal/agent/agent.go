@@ -21,6 +21,7 @@ import (
 	"fairlead.dev/fairlead/internal/dataplane"
 	"fairlead.dev/fairlead/internal/file"
 	"fairlead.dev/fairlead/internal/lb"
+	"fairlead.dev/fairlead/internal/peer"
 	"fairlead.dev/fairlead/internal/plan"
 	"fairlead.dev/fairlead/internal/route"
 	"fairlead.dev/fairlead/internal/run"
@@ -53,12 +54,17 @@ type Agent struct {
 	swept       time.Time
 	logged      map[string]bool
 	filesChange bool
+	leaving     map[leaving]time.Time // since when backends take no new flows
+	drainBy     time.Time             // when the next one's time is over
+
+	identity *peer.Identity // nil: nobody is asked, and nobody answered
+	census   *census
 }
 
 // New returns an agent that has done nothing yet.
 func New(config Config, version string, log *slog.Logger) *Agent {
 	return &Agent{config: config, version: version, log: log, started: time.Now(), trigger: run.NewTrigger(),
-		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true}
+		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true, leaving: map[leaving]time.Time{}}
 }
 
 // Reload makes the agent read its objects again.
@@ -83,11 +89,22 @@ func (a *Agent) Run(ctx context.Context, reload <-chan os.Signal) error {
 	if err != nil {
 		return err
 	}
+	if c := a.config.Peers; c.Certificate != "" {
+		if a.identity, err = peer.LoadIdentity(c.Certificate, c.Key, c.Authority); err != nil {
+			return err
+		}
+		if name := a.identity.Name(); name != a.config.Node {
+			return fmt.Errorf("peers.certificate: it names node %q, and this is %q; give each node its own", name, a.config.Node)
+		}
+		a.census = newCensus(a.identity, c.Port)
+		servers = append(servers, a.peerServer(a.identity))
+	}
 	loop := run.Loop{Trigger: a.trigger, Spacing: spacing, Resync: resync, Backoff: backoff, MaxBackoff: maxBackoff, Work: a.work}
 	tasks := append([]run.Task{
 		{Name: "agent", Run: loop.Run},
 		{Name: "files", Run: func(ctx context.Context) error { return file.Watch(ctx, a.config.Sources, a.Reload) }},
 		{Name: "routes", Run: a.watchRoutes},
+		{Name: "census", Run: a.watchCensus},
 		{Name: "signals", Run: func(ctx context.Context) error { return a.watchSignals(ctx, reload) }},
 	}, servers...)
 	a.log.Info("started", "node", a.config.Node, "version", a.version)
@@ -157,6 +174,14 @@ func (a *Agent) turn(ctx context.Context) error {
 		return err
 	}
 	before := a.programmed
+	if before.IsZero() && a.census != nil && want.Plan.LoadBalancer {
+		if err := a.dataplane.Prepare(want); err != nil {
+			return err
+		}
+		a.mu.Unlock()
+		a.firstCensus(ctx, a.dataplane, want.Plan)
+		a.mu.Lock()
+	}
 	if err := a.dataplane.Set(ctx, want); err != nil {
 		return err
 	}
@@ -226,14 +251,15 @@ func (a *Agent) open(snapshot lb.Snapshot) error {
 	}
 	c := a.config
 	a.dataplane, err = dataplane.Open(dataplane.Config{Interfaces: c.Interfaces, PinDir: c.PinDir, Secret: secret, Tag: tag,
-		VNI: c.Geneve.VNI, GenevePort: c.Geneve.Port, Limits: c.limits(), Generic: c.GenericXDP, Log: a.log,
+		VNI: c.Geneve.VNI, GenevePort: c.Geneve.Port, Limits: c.limits(), Census: a.census != nil, PureHash: c.PureHash, Generic: c.GenericXDP, Log: a.log,
 		Timeouts: lb.Timeouts{TCP: c.Timeouts.TCP, UDP: c.Timeouts.UDP, Closing: c.Timeouts.Closing}})
 	return err
 }
 
 // desired adds to the plan what the kernel's tables say of the way.
 func (a *Agent) desired() (dataplane.Desired, error) {
-	want := dataplane.Desired{Plan: a.plan, NextHops: map[netip.Addr]lb.NextHop{}}
+	want := dataplane.Desired{NextHops: map[netip.Addr]lb.NextHop{}}
+	want.Plan, a.drainBy = drained(a.plan, a.leaving, time.Now())
 	a.unresolved = nil
 	tried := map[netip.Addr]bool{}
 	for _, f := range a.plan.Frontends {

@@ -27,6 +27,14 @@ type Config struct {
 		Port uint16 `yaml:"port"`
 		VNI  uint32 `yaml:"vni"`
 	} `yaml:"geneve"`
+	// Peers is how agents ask each other which flows backends own. Without
+	// certificates they do not, and contests last as long as flows may idle.
+	Peers struct {
+		Port        uint16 `yaml:"port"`
+		Certificate string `yaml:"certificate"` // of this node
+		Key         string `yaml:"key"`
+		Authority   string `yaml:"authority"` // the certificate that all are signed by
+	} `yaml:"peers"`
 	Socket  string `yaml:"socket"`  // of the status API
 	Metrics string `yaml:"metrics"` // address of /metrics, /healthz, /readyz; "" for none
 	PinDir  string `yaml:"pinDir"`
@@ -35,15 +43,17 @@ type Config struct {
 		Level  string `yaml:"level"`  // debug, info, warn, error
 	} `yaml:"log"`
 	Limits struct {
-		Services  int `yaml:"services"`
-		Slots     int `yaml:"slots"`
-		Backends  int `yaml:"backends"`
-		NextHops  int `yaml:"nextHops"`
-		Pods      int `yaml:"pods"`
-		Flows     int `yaml:"flows"`
-		Pending   int `yaml:"pending"`
-		Fragments int `yaml:"fragments"`
-		LBNodes   int `yaml:"lbNodes"`
+		Services   int `yaml:"services"`
+		Slots      int `yaml:"slots"`
+		Candidates int `yaml:"candidates"`
+		Hints      int `yaml:"hints"`
+		Backends   int `yaml:"backends"`
+		NextHops   int `yaml:"nextHops"`
+		Pods       int `yaml:"pods"`
+		Flows      int `yaml:"flows"`
+		Pending    int `yaml:"pending"`
+		Fragments  int `yaml:"fragments"`
+		LBNodes    int `yaml:"lbNodes"`
 	} `yaml:"limits"`
 	Timeouts struct {
 		TCP     time.Duration `yaml:"tcp"`
@@ -51,6 +61,9 @@ type Config struct {
 		Closing time.Duration `yaml:"closing"`
 	} `yaml:"timeouts"`
 	GenericXDP bool `yaml:"genericXDP"`
+	// PureHash forgets who had a slot, for comparison: connections break when
+	// backends change.
+	PureHash bool `yaml:"pureHash"`
 }
 
 // DefaultSocket is where the status API listens.
@@ -62,7 +75,7 @@ const DefaultPinDir = "/sys/fs/bpf/fairlead"
 // ReadConfig reads a configuration file, strictly, and fills in the defaults.
 func ReadConfig(path string) (Config, error) {
 	var c Config
-	c.Geneve.Port, c.Geneve.VNI = 6082, 1
+	c.Geneve.Port, c.Geneve.VNI, c.Peers.Port = 6082, 1, 9471
 	c.Socket, c.PinDir, c.Metrics = DefaultSocket, DefaultPinDir, "127.0.0.1:9470"
 	c.Log.Format, c.Log.Level = "text", "info"
 	c.Timeouts.TCP, c.Timeouts.UDP, c.Timeouts.Closing = 2*time.Hour+10*time.Minute, 2*time.Minute, 2*time.Minute
@@ -96,6 +109,10 @@ func (c *Config) validate() error {
 		return errors.New("geneve.port: 0; write a number from 1 to 65535")
 	case c.Geneve.VNI >= 1<<24:
 		return fmt.Errorf("geneve.vni: %d does not fit 24 bits", c.Geneve.VNI)
+	case c.Peers.Certificate == "" != (c.Peers.Key == "") || c.Peers.Certificate == "" != (c.Peers.Authority == ""):
+		return errors.New("peers: certificate, key and authority belong together; set all or none")
+	case c.Peers.Port == 0:
+		return errors.New("peers.port: 0; write a number from 1 to 65535")
 	case c.Log.Format != "text" && c.Log.Format != "json":
 		return fmt.Errorf("log.format: %q; use text or json", c.Log.Format)
 	case c.Timeouts.TCP < time.Second || c.Timeouts.UDP < time.Second || c.Timeouts.Closing < time.Second:
@@ -123,6 +140,6 @@ func (c *Config) Logger(w io.Writer) *slog.Logger {
 
 func (c *Config) limits() dataplane.Limits {
 	l := c.Limits
-	return dataplane.Limits{Services: l.Services, Slots: l.Slots, Backends: l.Backends, NextHops: l.NextHops, Pods: l.Pods,
+	return dataplane.Limits{Services: l.Services, Slots: l.Slots, Candidates: l.Candidates, Hints: l.Hints, Backends: l.Backends, NextHops: l.NextHops, Pods: l.Pods,
 		Flows: l.Flows, Pending: l.Pending, Fragments: l.Fragments, LBNodes: l.LBNodes}
 }

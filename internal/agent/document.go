@@ -36,7 +36,7 @@ func (a *Agent) Status() status.Document {
 		wanted[f.ID] = f
 	}
 	for _, f := range state.Frontends {
-		d.Services = append(d.Services, serviceOf(f, wanted[f.ID]))
+		d.Services = append(d.Services, a.serviceOf(f, wanted[f.ID]))
 	}
 	for _, pod := range state.Pods {
 		row := status.Pod{Address: pod.Target.String(), Protocol: pod.Protocol.String()}
@@ -68,9 +68,9 @@ func counter(c dataplane.Counter) status.Counter {
 	return status.Counter{Packets: c.Packets, Bytes: c.Bytes, Connections: c.Connections}
 }
 
-func serviceOf(f dataplane.FrontendState, wanted lb.Frontend) status.Service {
+func (a *Agent) serviceOf(f dataplane.FrontendState, wanted lb.Frontend) status.Service {
 	s := status.Service{Namespace: wanted.Service.Namespace, Name: wanted.Service.Name, PortName: wanted.PortName,
-		VIP: f.ID.VIP.String(), Port: f.ID.Port, Protocol: f.ID.Protocol.String(), Slots: f.Slots, Counter: counter(f.Counter)}
+		VIP: f.ID.VIP.String(), Port: f.ID.Port, Protocol: f.ID.Protocol.String(), Slots: f.Slots, Contested: f.Contested, Counter: counter(f.Counter)}
 	weights, byID := uint32(0), map[lb.BackendID]lb.Backend{}
 	for _, b := range wanted.Backends {
 		byID[b.ID] = b
@@ -84,6 +84,10 @@ func serviceOf(f dataplane.FrontendState, wanted lb.Frontend) status.Service {
 			State: b.State, Slots: b.Slots, NextHop: "kernel", Counter: counter(b.Counter)}
 		if b.ID.Tunnel.IsValid() {
 			row.Tunnel = b.ID.Tunnel.String()
+		}
+		row.LeavingSince = a.leaving[leaving{f.ID, b.ID}]
+		if !row.LeavingSince.IsZero() && a.census != nil {
+			row.Flows = a.census.flowsOf(f.ID, b.ID)
 		}
 		switch {
 		case b.ID.Mode == lb.ModeLocal:

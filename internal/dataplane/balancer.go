@@ -30,6 +30,8 @@ type balancer struct {
 
 	// suspicious: whoever never said what it owns is a candidate everywhere.
 	suspicious bool
+	// forgetful: nobody is ever a candidate.
+	forgetful bool
 
 	frontends map[lb.FrontendID]*frontend
 	rows      map[slots.List]*candidateRow
@@ -54,6 +56,7 @@ type frontend struct {
 	table    slots.Table
 	rows     map[slots.List]bool // of candidates, that its slots name
 	answered map[lb.BackendID]bool
+	changed  time.Time
 	denials  uint64 // in settled slots, when they were last looked at
 }
 
@@ -319,9 +322,12 @@ func (b *balancer) setSlots(known *frontend, want lb.Frontend, now time.Time) er
 			return err
 		}
 	}
+	if b.forgetful {
+		known.table = slots.Table{}
+	}
 	known.table.Change(owners, func(number uint32) bool { return number != 0 && !alive[number] }, now)
 	known.table.Suspect(b.suspects(known, want))
-	known.offset, known.bits = offset, width
+	known.offset, known.bits, known.changed = offset, width, now
 	err := b.writeSlots(known, now)
 	store(&b.maps.serviceWords[known.number], serviceWord(offset, width, want))
 	if width != oldBits && oldBits > 0 {

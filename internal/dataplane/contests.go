@@ -133,7 +133,9 @@ func (b *balancer) census(answers Answers, now time.Time) error {
 				byNumber[alive.number] = answer
 			}
 		}
-		known.table.Census(byNumber)
+		if !b.forgetful {
+			known.table.Census(byNumber)
+		}
 		known.table.Suspect(b.suspects(known, known.applied))
 		if err := b.writeSlots(known, now); err != nil {
 			return fmt.Errorf("program %s of Service %s: %w", id, known.applied.Service, err)
@@ -185,8 +187,9 @@ type Contest struct {
 	ID        lb.FrontendID
 	Slots     int
 	Contested int
-	Denied    bool // in settled slots, since this was last asked
-	Unknown   bool // a backend has never answered
+	Changed   time.Time // when its backends last changed
+	Denied    bool      // in settled slots, since this was last asked
+	Unknown   bool      // a backend has never answered
 }
 
 // Contests returns all frontends, with what is uncertain about them.
@@ -199,7 +202,7 @@ func (d *Dataplane) Contests() []Contest {
 	all := make([]Contest, 0, len(d.balancer.frontends))
 	for id, known := range d.balancer.frontends {
 		denials := atomic.LoadUint64(&d.maps.denials[known.number])
-		all = append(all, Contest{ID: id, Slots: known.table.Len(), Contested: known.table.Contested(), Denied: denials != known.denials,
+		all = append(all, Contest{ID: id, Slots: known.table.Len(), Contested: known.table.Contested(), Changed: known.changed, Denied: denials != known.denials,
 			Unknown: len(d.balancer.suspects(known, known.applied)) > 0})
 		known.denials = denials
 	}

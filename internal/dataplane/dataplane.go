@@ -28,6 +28,7 @@ type Config struct {
 	Timeouts   lb.Timeouts
 	Limits     Limits
 	Census     bool // backends' nodes are asked which flows they have
+	PureHash   bool // forget who had a slot, for comparison
 	Generic    bool // use generic XDP, with a warning, where a driver has none
 	Log        *slog.Logger
 }
@@ -191,7 +192,7 @@ func (d *Dataplane) load(constant bpfConfig, plan lb.Plan) error {
 	}
 	d.loaded, d.maps, d.constant, d.receiver = loaded, maps, constant, receiver
 	d.balancer = newBalancer(maps, limits, d.tagOf)
-	d.balancer.suspicious = d.config.Census
+	d.balancer.suspicious, d.balancer.forgetful = d.config.Census && !d.config.PureHash, d.config.PureHash
 	d.hooks = newHooks(d.config)
 	return nil
 }

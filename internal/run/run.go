@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"sync"
 )
 
 // Task is one long-lived piece of work. It returns nil, or the context's
@@ -38,6 +39,25 @@ func All(ctx context.Context, tasks ...Task) error {
 		cancel()
 	}
 	return errors.Join(errs...)
+}
+
+// Each calls work for each of n pieces, at most limit at a time, and waits for
+// all of them. A panic ends the program, as it would in the caller.
+func Each(n, limit int, work func(i int)) {
+	var workers sync.WaitGroup
+	next := make(chan int)
+	for range min(n, limit) {
+		workers.Go(func() {
+			for i := range next {
+				work(i)
+			}
+		})
+	}
+	for i := range n {
+		next <- i
+	}
+	close(next)
+	workers.Wait()
 }
 
 func (t Task) run(ctx context.Context) (err error) {

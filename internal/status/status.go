@@ -54,6 +54,7 @@ type Service struct {
 	Port      uint16 `json:"port"`
 	Protocol  string `json:"protocol"`
 	Slots     uint32 `json:"slots"`
+	Contested int    `json:"contested"` // slots of which others than their backend may own flows
 	Counter
 	Backends []Backend `json:"backends"`
 }
@@ -69,7 +70,11 @@ type Backend struct {
 	Slots      uint32  `json:"slots"`
 	Share      float64 `json:"share"`       // of the slots, in the maps
 	WantedPart float64 `json:"wantedShare"` // by weight
-	NextHop    string  `json:"nextHop"`     // "resolved", "kernel" (each packet asks the FIB) or "local"
+	// Of a backend that takes no new flows: since when, and how many it still has,
+	// as its node last said.
+	LeavingSince time.Time `json:"leavingSince,omitzero"`
+	Flows        *uint32   `json:"flows,omitempty"`
+	NextHop      string    `json:"nextHop"` // "resolved", "kernel" (each packet asks the FIB) or "local"
 	Counter
 }
 

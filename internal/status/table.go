@@ -58,12 +58,22 @@ func writeServices(t io.Writer, d Document, wide bool) {
 	}
 	fmt.Fprintln(t, head)
 	for _, s := range d.Services {
-		fmt.Fprintf(t, "%s/%s\t%s/%s\t%d\t%d backends\t\t\t%d\t%d\n", s.Namespace, s.Name,
-			net.JoinHostPort(s.VIP, strconv.Itoa(int(s.Port))), s.Protocol, s.Slots, len(s.Backends), s.Packets, s.Connections)
+		contested := ""
+		if s.Contested > 0 {
+			contested = fmt.Sprintf("%d contested", s.Contested)
+		}
+		fmt.Fprintf(t, "%s/%s\t%s/%s\t%d\t%d backends\t%s\t\t%d\t%d\n", s.Namespace, s.Name,
+			net.JoinHostPort(s.VIP, strconv.Itoa(int(s.Port))), s.Protocol, s.Slots, len(s.Backends), contested, s.Packets, s.Connections)
 		for _, b := range s.Backends {
 			state := b.State
 			if b.Wanted != b.State {
 				state += " (wanted: " + b.Wanted + ")"
+			}
+			if !b.LeavingSince.IsZero() {
+				state += " for " + age(d.Now, b.LeavingSince)
+			}
+			if b.Flows != nil {
+				state += fmt.Sprintf(", has %d flows", *b.Flows)
 			}
 			fmt.Fprintf(t, "\t\t\t%s\t%s\t%.1f%%\t%d\t%d", b.Address, state, 100*b.Share, b.Packets, b.Connections)
 			if wide {

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"fairlead.dev/fairlead/internal/flowhash"
+	"fairlead.dev/fairlead/internal/peer"
 	"fairlead.dev/fairlead/internal/status"
 )
 
@@ -31,7 +32,22 @@ func (n *Network) writeKeys() error {
 	if err := os.WriteFile(filepath.Join(n.Dir, "shard.secret"), []byte(secret.Hex()), 0o600); err != nil {
 		return fmt.Errorf("write the secret: %w", err)
 	}
+	authority, certificate, _, err := peer.NewAuthority(time.Now())
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(n.Dir, "ca.crt"), certificate, 0o600); err != nil {
+		return fmt.Errorf("write the authority's certificate: %w", err)
+	}
 	for _, node := range n.Nodes {
+		certificate, key, err := authority.Issue(node.Name(), time.Now())
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(os.WriteFile(filepath.Join(n.Dir, node.Name()+".crt"), certificate, 0o600),
+			os.WriteFile(filepath.Join(n.Dir, node.Name()+".key"), key, 0o600)); err != nil {
+			return fmt.Errorf("write a certificate: %w", err)
+		}
 		tag := secret.Tag(node.Name())
 		if err := os.WriteFile(filepath.Join(n.Dir, node.Name()+".tag"), []byte(hex.EncodeToString(tag[:])), 0o600); err != nil {
 			return fmt.Errorf("write a tag: %w", err)
@@ -52,6 +68,7 @@ type Service struct {
 	Protocol   string // TCP or UDP
 	Mode       string // of its ServicePolicy; "" for none
 	Pods       []*Pod
+	Draining   []*Pod  // terminating, and still serving
 	Servers    []*Node // servers that hold the VIP, for mode IPIP
 }
 
@@ -95,7 +112,11 @@ func (n *Network) WriteService(s Service) error {
 		for _, address := range s.addresses(family == "IPv4") {
 			fmt.Fprintf(&b, "- addresses: [%q]\n", address)
 		}
-		if len(s.Pods)+len(s.Servers) == 0 {
+		leaving := Service{Pods: s.Draining}
+		for _, address := range leaving.addresses(family == "IPv4") {
+			fmt.Fprintf(&b, "- addresses: [%q]\n  conditions: {ready: false, serving: true, terminating: true}\n", address)
+		}
+		if len(s.Pods)+len(s.Draining)+len(s.Servers) == 0 {
 			b.WriteString("[]\n")
 		}
 	}
@@ -149,8 +170,11 @@ func (n *Node) StartAgent(binary string) error {
 	if n.LoadBalancer {
 		key = "secretFile: " + filepath.Join(n.net.Dir, "shard.secret")
 	}
-	config := fmt.Sprintf("node: %s\nsources: [%s]\ninterfaces: [%s]\n%s\ngeneve: {port: %d, vni: %d}\nsocket: %s\nmetrics: \"\"\nlimits: {slots: 262144, services: 1024, backends: 1024, flows: 65536}\nlog: {level: debug}\n",
+	config := fmt.Sprintf("node: %s\nsources: [%s]\ninterfaces: [%s]\n%s\ngeneve: {port: %d, vni: %d}\nsocket: %s\nmetrics: \"\"\nlimits: {slots: 262144, candidates: 65536, services: 1024, backends: 1024, flows: 65536}\nlog: {level: debug}\n",
 		n.Name(), n.net.ObjectsDir(), Uplink, key, GenevePort, VNI, n.Socket())
+	file := filepath.Join(n.net.Dir, n.Name())
+	config += fmt.Sprintf("peers: {certificate: %s.crt, key: %s.key, authority: %s}\n", file, file, filepath.Join(n.net.Dir, "ca.crt"))
+	config += n.Extra
 	path := filepath.Join(n.net.Dir, n.Name()+".config")
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		return fmt.Errorf("write configuration of %s: %w", n.Name(), err)

@@ -53,6 +53,7 @@ type NodeSpec struct {
 	VLAN         uint16 // what the router sends to it is tagged with; 0: none
 	MTU          int    // of its link; 0: the network's
 	Agent        bool   // false: a plain server
+	Extra        string // lines of its agent's configuration
 }
 
 // DefaultNodes are 3 LB nodes and 4 workers with 2 Pods each.

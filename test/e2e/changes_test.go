@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"fairlead.dev/fairlead/internal/testnet"
+)
+
+const (
+	echoPort  = 7000
+	beat      = 50 * time.Millisecond // between the messages of a conversation
+	stall     = time.Second           // that none may take longer than
+	giveUp    = 8 * time.Second
+	namesHere = 64
+)
+
+// echo answers each message, by TCP and UDP, with the Pod's name before it.
+func echo(t *testing.T, n *testnet.Namespace) {
+	t.Helper()
+	var tcp net.Listener
+	var udp net.PacketConn
+	must(t, n.Do(func() (err error) {
+		if tcp, err = net.Listen("tcp", fmt.Sprintf(":%d", echoPort)); err != nil {
+			return err
+		}
+		udp, err = net.ListenPacket("udp", fmt.Sprintf(":%d", echoPort))
+		return err
+	}))
+	t.Cleanup(func() { tcp.Close(); udp.Close() })
+	go func() {
+		for {
+			c, err := tcp.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				for lines := bufio.NewScanner(c); lines.Scan(); {
+					if _, err := fmt.Fprintf(c, "%s %s\n", n.Label, lines.Text()); err != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+	go func() {
+		message := make([]byte, namesHere)
+		for {
+			size, from, err := udp.ReadFrom(message)
+			if err != nil {
+				return
+			}
+			_, _ = udp.WriteTo(append([]byte(n.Label+" "), message[:size]...), from)
+		}
+	}()
+}
+
+// talks are conversations that go on while things change.
+type talks struct {
+	mu      sync.Mutex
+	results map[string][]string // what went wrong, by kind
+	served  map[string]int      // Pods, and how many conversations began there
+	open    int
+	waits   []time.Duration // longer than stall
+	cancel  context.CancelFunc
+	running sync.WaitGroup
+}
+
+// startTalks opens n conversations, of both families in turn.
+func startTalks(t *testing.T, from *testnet.Namespace, protocol string, n int) *talks {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	w := &talks{results: map[string][]string{}, served: map[string]int{}, cancel: cancel}
+	for i := range n {
+		var c net.Conn
+		must(t, from.Do(func() (err error) {
+			dialer := net.Dialer{Timeout: giveUp}
+			c, err = dialer.Dial(protocol, netip.AddrPortFrom(both[i%2], echoPort).String())
+			return err
+		}))
+		w.open++
+		w.running.Go(func() {
+			defer c.Close()
+			time.Sleep(rand.N(beat))
+			w.talk(ctx, c, protocol)
+		})
+	}
+	return w
+}
+
+func (w *talks) wrong(kind, detail string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.results[kind] = append(w.results[kind], detail)
+}
+
+// talk sends numbered messages until ctx ends; each must come back in time, and
+// from the Pod that answered the first.
+func (w *talks) talk(ctx context.Context, c net.Conn, protocol string) {
+	pod, reader := "", bufio.NewReader(c)
+	for n := 0; ctx.Err() == nil; n++ {
+		sent := time.Now()
+		name, err := w.say(c, reader, protocol, n)
+		if err != nil {
+			w.wrong("broken", fmt.Sprintf("%s to %s, message %d, after %s: %v", c.LocalAddr(), pod, n, time.Since(sent).Round(time.Millisecond), err))
+			return
+		}
+		if took := time.Since(sent); took > stall {
+			w.wrong("stalled", fmt.Sprintf("%s to %s, message %d: %s", c.LocalAddr(), pod, n, took.Round(time.Millisecond)))
+		}
+		if pod == "" {
+			pod = name
+			w.mu.Lock()
+			w.served[pod]++
+			w.mu.Unlock()
+		}
+		if name != pod {
+			w.wrong("moved", fmt.Sprintf("%s from %s to %s", c.LocalAddr(), pod, name))
+			return
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(beat):
+		}
+	}
+}
+
+// say sends one message and returns who answers it. Datagrams are repeated.
+func (w *talks) say(c net.Conn, reader *bufio.Reader, protocol string, n int) (pod string, err error) {
+	message := fmt.Sprintf("message %d\n", n)
+	deadline := time.Now().Add(giveUp)
+	for {
+		if _, err := c.Write([]byte(message)); err != nil {
+			return "", err
+		}
+		wait := deadline
+		if protocol == "udp" {
+			if wait = time.Now().Add(300 * time.Millisecond); wait.After(deadline) {
+				wait = deadline
+			}
+		}
+		if err := c.SetReadDeadline(wait); err != nil {
+			return "", err
+		}
+		for {
+			line, err := reader.ReadString('\n')
+			if err != nil {
+				if protocol == "udp" && time.Now().Before(deadline) {
+					break // send it again
+				}
+				return "", err
+			}
+			if name, rest, _ := strings.Cut(line, " "); rest == message {
+				return name, nil
+			}
+			if protocol == "tcp" {
+				return "", fmt.Errorf("answered %q", line)
+			}
+		}
+	}
+}
+
+// stop ends the conversations and returns how many went wrong, by kind.
+func (w *talks) stop() (wrong int, summary string) {
+	w.cancel()
+	w.running.Wait()
+	for kind, of := range w.results {
+		wrong += len(of)
+		summary += fmt.Sprintf("%d %s, e.g. %s; ", len(of), kind, of[0])
+	}
+	return wrong, fmt.Sprintf("%d conversations with %d Pods: %s", w.open, len(w.served), summary)
+}
+
+func echoes(protocol string, active, draining []*testnet.Pod) testnet.Service {
+	return testnet.Service{Name: "echo-" + strings.ToLower(protocol), VIPs: both, Port: echoPort, TargetPort: echoPort, Protocol: protocol,
+		Pods: active, Draining: draining}
+}
+
+// changing is a network with an echo service of each protocol.
+func changing(t *testing.T, pods int, extra string) *testnet.Network {
+	t.Helper()
+	var nodes []testnet.NodeSpec
+	for i := range 3 {
+		nodes = append(nodes, testnet.NodeSpec{Name: fmt.Sprintf("lb-%d", i+1), LoadBalancer: true, Agent: true, Extra: extra})
+	}
+	for i := range 3 {
+		nodes = append(nodes, testnet.NodeSpec{Name: fmt.Sprintf("worker-%d", i+1), Backend: true, Pods: pods, Agent: true})
+	}
+	return network(t, nodes, func(n *testnet.Network) {
+		for _, pod := range n.AllPods() {
+			echo(t, pod.Namespace)
+		}
+	}, func(n *testnet.Network) testnet.Service { return echoes("TCP", n.AllPods(), nil) },
+		func(n *testnet.Network) testnet.Service { return echoes("UDP", n.AllPods(), nil) })
+}
+
+// churn makes random halves of the Pods take new flows, one after the other.
+func churn(t *testing.T, n *testnet.Network, times int, pause time.Duration) {
+	t.Helper()
+	random := rand.New(rand.NewPCG(7, 8))
+	for range times {
+		var active, draining []*testnet.Pod
+		for _, i := range random.Perm(len(n.AllPods())) {
+			if len(active) == 0 || random.IntN(2) == 0 {
+				active = append(active, n.AllPods()[i])
+			} else {
+				draining = append(draining, n.AllPods()[i])
+			}
+		}
+		must(t, n.WriteService(echoes("TCP", active, draining)))
+		must(t, n.WriteService(echoes("UDP", active, draining)))
+		time.Sleep(pause)
+	}
+}
+
+// Connections and UDP flows outlive every change of who takes new ones.
+func TestConversationsOutliveChanges(t *testing.T) {
+	n := changing(t, 3, "")
+	tcp := startTalks(t, n.Client, "tcp", 300)
+	udp := startTalks(t, n.Client, "udp", 60)
+	churn(t, n, 25, 300*time.Millisecond)
+	for protocol, w := range map[string]*talks{"tcp": tcp, "udp": udp} {
+		if wrong, summary := w.stop(); wrong > 0 {
+			t.Errorf("%s: %s", protocol, summary)
+		} else {
+			t.Logf("%s: %s", protocol, summary)
+		}
+	}
+}
+
+// The control: without asking, the same changes break conversations; else the
+// test above proves nothing.
+func TestChangesBreakAPureHash(t *testing.T) {
+	n := changing(t, 3, "pureHash: true\n")
+	tcp := startTalks(t, n.Client, "tcp", 100)
+	churn(t, n, 6, 300*time.Millisecond)
+	wrong, summary := tcp.stop()
+	t.Log(summary)
+	if wrong == 0 {
+		t.Error("nothing broke without asking")
+	}
+}
