@@ -223,10 +223,14 @@ func (n *Node) addPod(number, index int) error {
 	return nil
 }
 
-// spread routes the VIPs to the LB nodes, each flow to one of them.
-func (n *Network) spread() error {
+// spread routes the VIPs to all LB nodes.
+func (n *Network) spread() error { return n.SpreadOver(n.LoadBalancers()...) }
+
+// SpreadOver routes the VIPs to these LB nodes alone, as when the router has
+// lost the others.
+func (n *Network) SpreadOver(nodes ...*Node) error {
 	var via4, via6 []netip.Addr
-	for _, node := range n.LoadBalancers() {
+	for _, node := range nodes {
 		via4 = append(via4, node.Address4)
 		via6 = append(via6, node.Address6)
 	}

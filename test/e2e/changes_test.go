@@ -208,7 +208,7 @@ func changing(t *testing.T, pods int, extra string) *testnet.Network {
 // churn makes random halves of the Pods take new flows, one after the other.
 func churn(t *testing.T, n *testnet.Network, times int, pause time.Duration) {
 	t.Helper()
-	random := rand.New(rand.NewPCG(7, 8))
+	random := rand.New(rand.NewPCG(7, rand.Uint64()))
 	for range times {
 		var active, draining []*testnet.Pod
 		for _, i := range random.Perm(len(n.AllPods())) {
@@ -230,6 +230,45 @@ func TestConversationsOutliveChanges(t *testing.T) {
 	tcp := startTalks(t, n.Client, "tcp", 300)
 	udp := startTalks(t, n.Client, "udp", 60)
 	churn(t, n, 25, 300*time.Millisecond)
+	for protocol, w := range map[string]*talks{"tcp": tcp, "udp": udp} {
+		if wrong, summary := w.stop(); wrong > 0 {
+			t.Errorf("%s: %s", protocol, summary)
+		} else {
+			t.Logf("%s: %s", protocol, summary)
+		}
+	}
+}
+
+// And every loss and restart of who forwards them, while changes go on.
+func TestConversationsOutliveNodes(t *testing.T) {
+	n := changing(t, 3, "")
+	lbs := n.LoadBalancers()
+	restart := func(nodes ...*testnet.Node) {
+		for _, node := range nodes {
+			node.AgentProcess().Kill()
+		}
+		for _, node := range nodes {
+			must(t, node.StartAgent(binary))
+		}
+	}
+	tcp := startTalks(t, n.Client, "tcp", 300)
+	udp := startTalks(t, n.Client, "udp", 60)
+	for _, event := range []func(){
+		func() { must(t, n.SpreadOver(lbs[1:]...)) },        // a node is lost
+		func() { restart(lbs[0]) },                          // and begins anew, with what it sees now
+		func() { must(t, n.SpreadOver(lbs...)) },            // and is back
+		func() { restart(lbs[1]) },                          // an agent crashes
+		func() { must(t, n.SpreadOver(lbs[0])) },            // all but one are lost
+		func() { restart(n.Backends()[0]) },                 // an agent of a worker crashes
+		func() { must(t, n.SpreadOver(lbs[2], lbs[1])) },    // and that one too
+		func() { restart(lbs...) },                          // all LB nodes' agents crash at once
+		func() { restart(append(lbs, n.Backends()...)...) }, // all agents do
+		func() { must(t, n.SpreadOver(lbs...)) },            // all are back
+	} {
+		event()
+		churn(t, n, 3, 300*time.Millisecond)
+	}
+	must(t, n.WaitProgrammed(len(n.AllPods()), 30*time.Second))
 	for protocol, w := range map[string]*talks{"tcp": tcp, "udp": udp} {
 		if wrong, summary := w.stop(); wrong > 0 {
 			t.Errorf("%s: %s", protocol, summary)
