@@ -12,8 +12,9 @@
 #include <linux/bpf.h>
 #include <linux/types.h>
 
-/* Raised whenever a key, a value or the meaning of a word changes. */
-#define LAYOUT_VERSION 2
+/* Raised whenever a key or a value of a map that outlives the agent changes, or
+ * what it means: flows, pending, fragments, pods. */
+#define LAYOUT_VERSION 1
 
 struct addr {
 	__be32 w[4];

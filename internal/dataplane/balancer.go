@@ -32,6 +32,8 @@ type balancer struct {
 	suspicious bool
 	// forgetful: nobody is ever a candidate.
 	forgetful bool
+	// adopted is what the program that is still attached forwards by.
+	adopted adopted
 
 	frontends map[lb.FrontendID]*frontend
 	rows      map[slots.List]*candidateRow
@@ -290,6 +292,7 @@ func (b *balancer) setFrontend(want lb.Frontend, now time.Time) error {
 		}
 		known = &frontend{number: number, rows: map[slots.List]bool{}, answered: map[lb.BackendID]bool{}}
 		b.frontends[want.ID] = known
+		b.adopt(known, want, now)
 	}
 	if known.published && !known.doubtful && sameSlots(known.applied, want) {
 		known.applied = want

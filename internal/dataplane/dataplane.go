@@ -193,6 +193,11 @@ func (d *Dataplane) load(constant bpfConfig, plan lb.Plan) error {
 	d.loaded, d.maps, d.constant, d.receiver = loaded, maps, constant, receiver
 	d.balancer = newBalancer(maps, limits, d.tagOf)
 	d.balancer.suspicious, d.balancer.forgetful = d.config.Census && !d.config.PureHash, d.config.PureHash
+	if plan.LoadBalancer && !d.config.PureHash {
+		if d.balancer.adopted, err = adoptTables(d.config.PinDir, d.config.Interfaces); err != nil {
+			d.config.Log.Warn("cannot read the tables of the program that is attached: beginning without them", "error", err)
+		}
+	}
 	d.hooks = newHooks(d.config)
 	return nil
 }

@@ -350,3 +350,35 @@ func TestFlowsOfPodsThatAreGone(t *testing.T) {
 		t.Errorf("%d flows of a Pod that has gone", got)
 	}
 }
+
+// An agent that starts goes on with the slots of the program that is attached,
+// and knows who had them before.
+func TestRestartAdoptsTables(t *testing.T) {
+	vethNamespace(t)
+	dir := pinDir(t)
+	before, after := desired(testPlan(4)), desired(testPlan(4))
+	web := &after.Plan.Frontends[1]
+	web.Backends = slices.Clone(web.Backends)
+	web.Backends[0].State = lb.Draining
+	first := openTest(t, dir, smallLimits)
+	must(t, first.Set(context.Background(), before))
+	had := map[uint32]bool{} // the slots of the backend that drains then
+	f := first.balancer.frontends[web.ID]
+	for slot := range uint32(f.table.Len()) {
+		had[slot] = f.table.Owner(slot) == first.balancer.backends[web.Backends[0].ID].number
+	}
+	must(t, first.Close())
+	for range 2 { // changed while no agent ran, and the contest outlives another
+		second := openTest(t, dir, smallLimits)
+		must(t, second.Set(context.Background(), after))
+		must(t, second.Verify(after))
+		f := second.balancer.frontends[web.ID]
+		drained := second.balancer.backends[web.Backends[0].ID].number
+		for slot := range uint32(f.table.Len()) {
+			if list := f.table.Candidates(slot); list.Has(drained) != had[slot] || f.table.Owner(slot) == drained {
+				t.Fatalf("slot %d has %d and %v; the drained backend %d had it: %v", slot, f.table.Owner(slot), list, drained, had[slot])
+			}
+		}
+		must(t, second.Close())
+	}
+}

@@ -52,7 +52,7 @@ func vipKey(vip netip.Addr) bpfServiceKey { return bpfServiceKey{Vip: bpfAddrOf(
 // The layout of the words, and what else Go has to know of bpf/fairlead.h that
 // the compiled programs do not tell. A test compares each with its C twin.
 const (
-	layoutVersion     = 2
+	layoutVersion     = 1
 	serviceBitsShift  = 32
 	serviceFlagsShift = 40
 	candidatesShift   = 32
@@ -101,12 +101,17 @@ var modes = map[lb.Mode]bpfMode{
 	lb.ModeGeneve: bpfModeMODE_GENEVE, lb.ModeIPIP: bpfModeMODE_IPIP, lb.ModeLocal: bpfModeMODE_LOCAL,
 }
 
+// targetOf is where a backend's packets are delivered.
+func targetOf(id lb.BackendID) netip.AddrPort {
+	if id.Mode == lb.ModeLocal {
+		return id.Local
+	}
+	return id.Target
+}
+
 // backendRow is what of a backend does not change while its number lives.
 func backendRow(b lb.Backend, tag [8]byte) bpfBackend {
-	target := b.ID.Target
-	if b.ID.Mode == lb.ModeLocal {
-		target = b.ID.Local
-	}
+	target := targetOf(b.ID)
 	row := bpfBackend{Address: bpfAddrOf(target.Addr()), Port: swap16(target.Port()),
 		Mode: uint8(modes[b.ID.Mode]), Tag: binary.NativeEndian.Uint64(tag[:])}
 	if b.ID.Tunnel.IsValid() {

@@ -107,6 +107,15 @@ func (t *Table) Candidates(slot uint32) List {
 // that have never said what they own.
 func (t *Table) Suspect(backends []Backend) { t.suspects = backends }
 
+// Restore makes the table what another agent left: these owners and candidates,
+// which it keeps, as if all had changed just now.
+func (t *Table) Restore(owners []Backend, candidates map[uint32]List, now time.Time) {
+	*t = Table{owners: owners, contested: map[uint32]contest{}}
+	for slot, list := range candidates {
+		t.keep(slot, contest{list, now})
+	}
+}
+
 // Change makes owners the slots' backends; it keeps the slice. Whoever had a
 // slot, or a part of its range when the size changes, becomes a candidate.
 // Backends that are gone are forgotten; whoever the dataplane let stand in for

@@ -72,7 +72,6 @@ type talks struct {
 	results map[string][]string // what went wrong, by kind
 	served  map[string]int      // Pods, and how many conversations began there
 	open    int
-	waits   []time.Duration // longer than stall
 	cancel  context.CancelFunc
 	running sync.WaitGroup
 }
