@@ -159,7 +159,7 @@ __noinline int note_answer(struct __sk_buff *skb, struct answer *answer)
 	if (!flow_pending(flow) && !(flow->fins & FLOW_ARMED))
 		flow_arm(&key);
 	if (key.proto == IPPROTO_UDP)
-		return flow_pending(flow) ? flow_confirm(&key, flow) : DROP_NONE;
+		return flow_pending(flow) ? flow_confirm(&key) : DROP_NONE;
 	if (!read_segment(skb, answer, &segment))
 		return DROP_NONE;
 	confirmed = flow->state == FLOW_PROVISIONAL && !(segment.flags & TCP_RST);
@@ -167,7 +167,7 @@ __noinline int note_answer(struct __sk_buff *skb, struct answer *answer)
 		flow_syn_ack(flow, &segment);
 	else
 		flow_from_pod(flow, &segment);
-	return confirmed ? flow_confirm(&key, flow) : DROP_NONE;
+	return confirmed ? flow_confirm(&key) : DROP_NONE;
 }
 
 static __always_inline __u32 check_offset(const struct packet *packet)

@@ -90,12 +90,15 @@ static __always_inline __u32 hinted(void *map, __u64 hash)
 	return number;
 }
 
-/* Who is asked in an attempt; 0: nobody. */
-static __always_inline __u32 attempted(const struct ask *ask, __u32 attempt)
+/* Who is asked in an attempt; 0: nobody. Global, as what is called in loops
+ * should be: the verifier walks it once. */
+__noinline __u32 attempted(const struct ask *ask, __u32 attempt)
 {
 	struct candidate_row *known;
 	__u32 row, at;
 
+	if (!ask)
+		return 0;
 	if (attempt == ATTEMPT_SLOT)
 		return (__u32)ask->slot_word;
 	row = ask->slot_word >> SLOT_CANDIDATES_SHIFT;
@@ -191,6 +194,21 @@ static __always_inline int unowned(const struct packet *packet, struct ask *ask)
 	return DROP_NONE;
 }
 
+/* Who can be asked in an attempt; 0: nobody. */
+__noinline __u32 askable(const struct packet *packet, const struct ask *ask, __u32 attempt)
+{
+	struct backend *backend;
+	__u32 number;
+
+	if (!packet || !ask)
+		return 0;
+	number = attempted(ask, attempt);
+	backend = bpf_map_lookup_elem(&backends, &number);
+	if (!number || !backend || !may_own(READ_ONCE(backend->word), packet->proto))
+		return 0;
+	return backend->mode == MODE_LOCAL && !ask->owned ? 0 : number;
+}
+
 /* Finds who is asked next, from ask->attempt on. Returns 0 or an enum drop. */
 __noinline int ask_next(const struct packet *packet, struct ask *ask)
 {
@@ -200,16 +218,9 @@ __noinline int ask_next(const struct packet *packet, struct ask *ask)
 		return DROP_MALFORMED;
 	first = ask->attempt;
 	for (__u32 attempt = 0; attempt < ATTEMPTS_MAX; attempt++) {
-		struct backend *backend;
-		__u32 number;
+		__u32 number = attempt < first ? 0 : askable(packet, ask, attempt);
 
-		if (attempt < first)
-			continue;
-		number = attempted(ask, attempt);
-		backend = bpf_map_lookup_elem(&backends, &number);
-		if (!number || !backend || !may_own(READ_ONCE(backend->word), packet->proto))
-			continue;
-		if (backend->mode == MODE_LOCAL && !ask->owned)
+		if (!number)
 			continue;
 		ask->attempt = attempt;
 		ask->number = number;
@@ -234,14 +245,8 @@ static __always_inline int order_recorded(const struct packet *packet, struct as
 		if (number)
 			write_hint(&hints, ask->hash, number);
 	}
-	for (__u32 i = ATTEMPTS_MAX; i > ATTEMPT_CANDIDATE && !number; i--) {
-		struct backend *backend;
-
-		number = attempted(ask, i - 1);
-		backend = bpf_map_lookup_elem(&backends, &number);
-		if (number && (!backend || !may_own(READ_ONCE(backend->word), packet->proto)))
-			number = 0;
-	}
+	for (__u32 i = ATTEMPTS_MAX; i > ATTEMPT_CANDIDATE && !number; i--)
+		number = askable(packet, ask, i - 1);
 	if (!number)
 		return order(ask, 0);
 	ask->verb = VERB_DELIVER;

@@ -81,7 +81,7 @@ static __always_inline int note_client(const struct flow_key *key, struct flow *
 	/* Only the ACK of exactly this entry's SYN-ACK proves the connection. */
 	if (flow->state == FLOW_HALF_OPEN && flow->fins & FLOW_SYN_ACK &&
 	    (segment->flags & (TCP_SYN | TCP_ACK)) == TCP_ACK && segment->ack == flow->pod_isn + 1)
-		return flow_confirm(key, flow);
+		return flow_confirm(key);
 	return DROP_NONE;
 }
 

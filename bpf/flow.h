@@ -173,11 +173,20 @@ static __noinline void flow_arm(const struct flow_key *key)
 
 /* Moves an entry from `pending` to `flows`. Until `state` is there, which comes
  * last, flow_find does not see it. */
-static __always_inline int flow_confirm(const struct flow_key *key, const struct flow *from)
+__noinline int flow_confirm(const struct flow_key *of)
 {
-	struct flow *flow = bpf_map_lookup_elem(&flows, key);
+	struct flow *flow, *from;
+	struct flow_key copy;
+	const struct flow_key *key = &copy;
 	long err;
 
+	if (!of)
+		return DROP_NONE;
+	copy = *of; /* before Linux 6.4, an argument cannot be a map's key */
+	from = bpf_map_lookup_elem(&pending, key);
+	if (!from)
+		return DROP_NONE;
+	flow = bpf_map_lookup_elem(&flows, key);
 	if (flow && flow_closed(flow))
 		bpf_map_delete_elem(&flows, key);
 	/* Another CPU may have been faster: its entry is as good. */

@@ -179,11 +179,14 @@ __noinline int examine(struct xdp_md *ctx, struct packet *inner)
 
 /* Parses and examines what is in a tunnel, in place of the outer packet.
  * Returns an enum drop. */
-static __always_inline int inner_packet(struct xdp_md *ctx, struct packet *packet, int at,
-					__be16 type)
+__noinline int inner_packet(struct xdp_md *ctx, struct packet *packet, __u32 at, __u32 type)
 {
-	int drop = parse((void *)(long)ctx->data, (void *)(long)ctx->data_end, at, type, packet);
+	int drop;
 
+	if (!packet)
+		return DROP_MALFORMED;
+	drop = parse((void *)(long)ctx->data, (void *)(long)ctx->data_end, at & OFFSET_MASK, type,
+		     packet);
 	trace_packet(packet);
 	if (!drop)
 		drop = examine(ctx, packet);

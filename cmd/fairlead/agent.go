@@ -32,16 +32,22 @@ The configuration, with its defaults:
   interfaces: [eth0]             # required: devices that carry the traffic
   secretFile: FILE               # role LoadBalancer: the shard's secret
   tagFile: FILE                  # else: this node's tag (see fairlead keys)
+  peers:                         # who else's flows are asked about; see fairlead keys
+    port: 9471                   # the same on all nodes
+    certificate: FILE            # of this node, with its key and the authority's
+    key: FILE
+    authority: FILE
   geneve: {port: 6082, vni: 1}
   socket: /run/fairlead/agent.sock
   metrics: 127.0.0.1:9470        # /metrics /healthz /readyz; "" for none
   pinDir: /sys/fs/bpf/fairlead
   log: {format: text, level: info}
   timeouts: {tcp: 2h10m, udp: 2m, closing: 2m}
-  limits: {services: 32768, slots: 4194304, backends: 65536, nextHops: 16384,
-           pods: 16384, flows: 1048576, pending: 65536, fragments: 16384,
-           lbNodes: 1024}
-  genericXDP: false              # where a driver has no native XDP`,
+  limits: {services: 32768, slots: 4194304, candidates: 262144, hints: 65536,
+           backends: 65536, nextHops: 16384, pods: 16384, flows: 1048576,
+           pending: 65536, fragments: 16384, lbNodes: 1024}
+  genericXDP: false              # where a driver has no native XDP
+  pureHash: false                # forget who had a slot: breaks connections, to compare`,
 		Args: args(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
 			if path == "" {
