@@ -122,7 +122,7 @@ func TestIPIPToServersThatHoldTheVIP(t *testing.T) {
 			serve(t, node.Namespace, 80, 53)
 		}
 	}, held)
-	requests(t, n, 200, 4)
+	requests(t, n, 1000, 4)
 	direct(t, n)
 }
 
