@@ -115,6 +115,7 @@ func writeTrace(w io.Writer, d status.Document, t dataplane.Trace, output string
 	}
 	if t.Backend != 0 {
 		step("backend", "%s%s", t.Target, suffix(standIn(t.Steps)))
+		step("sent as", "%s", sentAs(t))
 	}
 	if t.NextHop != 0 {
 		step("next hop", "row %d, device %d", t.NextHop, t.Interface)
@@ -129,6 +130,19 @@ func writeTrace(w io.Writer, d status.Document, t dataplane.Trace, output string
 	e := status.Explanations[t.Drop]
 	step("verdict", "drop, %s: %s; %s", t.Drop, e.Means, e.Remedy)
 	return nil
+}
+
+// sentAs says whether the backend's node is told to take the packet or asked.
+func sentAs(t dataplane.Trace) string {
+	switch {
+	case t.Verb != "question":
+		return "an order: take it"
+	case t.Attempt == 0:
+		return "a question: is the flow yours? The flow's hint says so"
+	case t.Attempt == 1:
+		return "a question: is the flow yours? The slot's backend is asked first"
+	}
+	return fmt.Sprintf("a question: is the flow yours? Candidate %d of the contested slot is asked", t.Attempt-1)
 }
 
 func suffix(words []string) string {

@@ -18,6 +18,8 @@ var (
 	serviceBytes       = desc("service_bytes_total", "L3 bytes forwarded, as clients sent them.", "namespace", "service", "vip", "port", "protocol")
 	serviceConnections = desc("service_connections_total", "TCP SYNs forwarded.", "namespace", "service", "vip", "port", "protocol")
 	serviceBackends    = desc("service_backends", "Backends by state.", "namespace", "service", "vip", "port", "protocol", "state")
+	serviceContested   = desc("service_contested_slots", "Slots of which others than their backend may own flows.", "namespace", "service", "vip", "port", "protocol")
+	backendFlows       = desc("leaving_backend_flows", "Flows that a backend which takes no new ones still has, as its node last said.", "namespace", "service", "vip", "port", "protocol", "backend")
 	dropped            = desc("dropped_packets_total", "Packets dropped, by reason.", "reason")
 	events             = desc("events_total", "What happened that is no drop.", "event")
 	capacityUsed       = desc("map_entries", "Entries in use.", "map")
@@ -50,9 +52,13 @@ func (c Collector) Collect(to chan<- prometheus.Metric) {
 		send(servicePackets, prometheus.CounterValue, float64(s.Packets), labels...)
 		send(serviceBytes, prometheus.CounterValue, float64(s.Bytes), labels...)
 		send(serviceConnections, prometheus.CounterValue, float64(s.Connections), labels...)
+		send(serviceContested, prometheus.GaugeValue, float64(s.Contested), labels...)
 		states := map[string]int{}
 		for _, b := range s.Backends {
 			states[b.State]++
+			if b.Flows != nil {
+				send(backendFlows, prometheus.GaugeValue, float64(*b.Flows), append(labels[:5:5], b.Address)...)
+			}
 		}
 		for state, n := range states {
 			send(serviceBackends, prometheus.GaugeValue, float64(n), append(labels[:5:5], state)...)

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"fairlead.dev/fairlead/internal/dataplane"
+	"fairlead.dev/fairlead/internal/status"
+)
+
+// fairlead runs the program in-process.
+func fairlead(t *testing.T, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, complaints bytes.Buffer
+	root := rootCommand()
+	root.SetArgs(args)
+	root.SetOut(&out)
+	root.SetErr(&complaints)
+	err := root.Execute()
+	if err == nil {
+		return 0, out.String(), complaints.String()
+	}
+	code = exitFailed
+	var with exit
+	if errors.As(err, &with) {
+		code = with.code
+	}
+	return code, out.String(), complaints.String() + err.Error()
+}
+
+func TestExitCodes(t *testing.T) {
+	bad := filepath.Join(t.TempDir(), "bad.yaml")
+	if err := os.WriteFile(bad, []byte("kind: Sevrice\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	none := filepath.Join(t.TempDir(), "none.sock")
+	for _, c := range []struct {
+		args string
+		code int
+		says string // on one of both
+	}{
+		{"lint ../../examples", 0, "0 findings"},
+		{"lint " + bad, exitFailed, "FL0005"},
+		{"lint -o json " + bad, exitFailed, `"FL0005"`},
+		{"lint", exitUsage, "no PATH given"},
+		{"lint -o xml ../../examples", exitUsage, "use text or json"},
+		{"lint /nowhere", exitFailed, "/nowhere"},
+		{"lint --codes", 0, "FL0402"},
+		{"nonsense", exitFailed, `unknown command "nonsense"`},
+		{"lint --nonsense", exitUsage, "see fairlead lint --help"},
+		{"status --socket " + none, exitFailed, "no agent answers on " + none},
+		{"status -o xml --socket " + none, exitUsage, "use table, wide, json or yaml"},
+		{"trace", exitUsage, "give either"},
+		{"trace tcp 192.0.2.1:80 [::1]:80", exitUsage, "of one family"},
+		{"trace sctp 192.0.2.1:80 192.0.2.2:80", exitUsage, "use tcp"},
+		{"trace --pcap /nowhere", exitFailed, "open the capture"},
+		{"trace --socket " + none + " udp 192.0.2.1:80 192.0.2.2:80", exitFailed, "start one with fairlead agent"},
+		{"agent", exitUsage, "--config is missing"},
+		{"agent --config /nowhere", exitUsage, "read the configuration"},
+		{"keys", exitUsage, "see fairlead keys --help"},
+		{"keys --dir " + t.TempDir() + " ../x", exitUsage, "is not a node's name"},
+		{"version", 0, version},
+		{"completion bash", 0, "bash completion"},
+		{"--help", 0, "fairlead demo"},
+	} {
+		t.Run(c.args, func(t *testing.T) {
+			code, out, complaints := fairlead(t, strings.Fields(c.args)...)
+			if code != c.code || !strings.Contains(out+complaints, c.says) {
+				t.Errorf("exit code %d, want %d with %q\nstdout: %s\nstderr: %s", code, c.code, c.says, out, complaints)
+			}
+		})
+	}
+}
+
+// Keys are made once, for root alone, and never over another.
+func TestKeys(t *testing.T) {
+	dir := t.TempDir()
+	code, first, complaints := fairlead(t, "keys", "--dir", dir, "lb-1", "worker-1")
+	if code != 0 {
+		t.Fatal(complaints)
+	}
+	before := map[string]string{}
+	files := append(strings.Fields(first), filepath.Join(dir, "ca.crt"), filepath.Join(dir, "ca.key"), filepath.Join(dir, "tls/lb-1.key"))
+	if len(files) != 8 {
+		t.Errorf("made %v", files)
+	}
+	for _, path := range files {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before[path] = string(text)
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v, %v", path, info.Mode(), err)
+		}
+	}
+	if code, _, complaints := fairlead(t, "keys", "--dir", dir, "lb-1", "worker-1", "worker-2"); code != 0 {
+		t.Fatal(complaints)
+	}
+	for path, was := range before {
+		if text, err := os.ReadFile(path); err != nil || string(text) != was {
+			t.Errorf("%s has changed: %v", path, err)
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, "ca.key")); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, complaints := fairlead(t, "keys", "--dir", dir, "worker-3"); code == 0 || !strings.Contains(complaints, "put it back") {
+		t.Errorf("without the authority's key: %d, %s", code, complaints)
+	}
+}
+
+// capture is a pcap file of frames.
+func capture(order binary.ByteOrder, magic, link uint32, frames ...[]byte) []byte {
+	head := make([]byte, 24)
+	order.PutUint32(head, magic)
+	order.PutUint32(head[20:], link)
+	for _, frame := range frames {
+		record := make([]byte, 16)
+		order.PutUint32(record[8:], uint32(len(frame)))
+		order.PutUint32(record[12:], uint32(len(frame)))
+		head = append(append(head, record...), frame...)
+	}
+	return head
+}
+
+func TestReadPcap(t *testing.T) {
+	frames := [][]byte{[]byte("some frame of more than 14 bytes"), []byte("and another, shorter")}
+	for name, file := range map[string][]byte{
+		"little": capture(binary.LittleEndian, 0xa1b2c3d4, 1, frames...), "big": capture(binary.BigEndian, 0xa1b2c3d4, 1, frames...),
+		"nanoseconds": capture(binary.LittleEndian, 0xa1b23c4d, 1, frames...), "nanoseconds, big": capture(binary.BigEndian, 0xa1b23c4d, 1, frames...),
+	} {
+		got, err := readPcap(bytes.NewReader(file))
+		if err != nil || !slices.EqualFunc(got, frames, bytes.Equal) {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+		for cut := range len(file) {
+			got, err := readPcap(bytes.NewReader(file[:cut]))
+			if whole := cut == 24 || cut == 24+16+len(frames[0]); (err == nil) != whole || len(got) > 1 {
+				t.Errorf("%s, %d bytes of it: %d frames, %v", name, cut, len(got), err)
+			}
+		}
+	}
+	huge := capture(binary.LittleEndian, 0xa1b2c3d4, 1, frames[0])
+	binary.LittleEndian.PutUint32(huge[24+8:], 1<<31)
+	for says, file := range map[string][]byte{
+		"convert it": []byte("\x0a\x0d\x0d\x0a this is the other format, pcapng"),
+		"link type":  capture(binary.LittleEndian, 0xa1b2c3d4, 101),
+		"bytes":      huge,
+	} {
+		if _, err := readPcap(bytes.NewReader(file)); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%v, want %q", err, says)
+		}
+	}
+}
+
+func TestWriteTrace(t *testing.T) {
+	d := status.Document{Services: []status.Service{{Namespace: "default", Name: "web", VIP: "192.0.2.1", Port: 80, Protocol: "TCP", Slots: 256}}}
+	trace := dataplane.Trace{Source: netip.MustParseAddrPort("198.51.100.7:4000"), Destination: netip.MustParseAddrPort("192.0.2.1:80"), Protocol: 6, Family: 4,
+		Service: 1, Slot: 7, Hash: 0xff, Backend: 3, Target: netip.MustParseAddrPort("10.1.0.5:8080"), NextHop: 2, Interface: 4, Verb: "question", Attempt: 2, Verdict: "forward"}
+	for want, edit := range map[string]func(*dataplane.Trace){
+		`parsed as  IPv4, protocol 6, 198.51.100.7:4000 to 192.0.2.1:80
+service    default/web
+slot       7 of 256 (hash 00000000000000ff)
+backend    10.1.0.5:8080
+sent as    a question: is the flow yours? Candidate 1 of the contested slot is asked
+next hop   row 2, device 4
+verdict    forward
+`: func(*dataplane.Trace) {},
+		`parsed as  IPv4, protocol 6, 198.51.100.7:4000 to 192.0.2.1:80 (SYN)
+verdict    drop, no_service: for a VIP, but no Service has this port and protocol; compare the Service's ports with what clients use
+`: func(t *dataplane.Trace) {
+			t.Service, t.Backend, t.NextHop, t.Flags, t.Verdict, t.Drop = 0, 0, 0, []string{"SYN"}, "drop", "no_service"
+		},
+	} {
+		changed := trace
+		edit(&changed)
+		var text strings.Builder
+		if err := writeTrace(&text, d, changed, "text"); err != nil || text.String() != want {
+			t.Errorf("%v:\n%s\nwant\n%s", err, text.String(), want)
+		}
+	}
+}
