@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net/netip"
 	"time"
+
+	"fairlead.dev/fairlead/internal/lb"
 )
 
 // What a tunnel adds to an L3 packet at most, for the MSS clamp: IPv6, UDP,
@@ -25,9 +27,9 @@ const (
 func (d *Dataplane) constants(want Desired) (bpfConfig, error) {
 	cfg, plan := d.config, want.Plan
 	c := bpfConfig{Vni: cfg.VNI, GenevePort: swap16(cfg.GenevePort), Tag: cfg.Tag,
-		IdleTcpNs:     nanoseconds(cfg.Timeouts.TCP, defaultTCP),
-		IdleUdpNs:     nanoseconds(cfg.Timeouts.UDP, defaultUDP),
-		IdleClosingNs: nanoseconds(cfg.Timeouts.Closing, defaultClose)}
+		IdleTcpNs:     uint64(cfg.Timeouts.TCP),
+		IdleUdpNs:     uint64(cfg.Timeouts.UDP),
+		IdleClosingNs: uint64(cfg.Timeouts.Closing)}
 	if !plan.LoadBalancer && !plan.Backend {
 		return c, fmt.Errorf("refuse Node %s: spec.roles: empty; give it LoadBalancer, Backend or both", plan.Node)
 	}
@@ -62,11 +64,17 @@ func (d *Dataplane) constants(want Desired) (bpfConfig, error) {
 	return c, nil
 }
 
-func nanoseconds(value, fallback time.Duration) uint64 {
-	if value <= 0 {
-		value = fallback
+// withDefaults fills in the timeouts that are not set.
+func withDefaults(t lb.Timeouts) lb.Timeouts {
+	set := func(to *time.Duration, value time.Duration) {
+		if *to <= 0 {
+			*to = value
+		}
 	}
-	return uint64(value)
+	set(&t.TCP, defaultTCP)
+	set(&t.UDP, defaultUDP)
+	set(&t.Closing, defaultClose)
+	return t
 }
 
 // hostMask has the bits set that are free within the prefix.

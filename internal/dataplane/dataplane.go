@@ -90,7 +90,7 @@ type Dataplane struct {
 
 // Open checks what can be checked before there is a plan. It loads nothing.
 func Open(cfg Config) (*Dataplane, error) {
-	cfg.Limits = cfg.Limits.withDefaults()
+	cfg.Limits, cfg.Timeouts = cfg.Limits.withDefaults(), withDefaults(cfg.Timeouts)
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}

@@ -66,13 +66,21 @@ func dumpService(c *contents, key bpfServiceKey, number uint32) string {
 	word := c.serviceWords[number]
 	width, flags := uint32(word>>serviceBitsShift)&0xff, word>>serviceFlagsShift
 	text := fmt.Sprintf("service %s slots %d flags %#x\n", id, slotCount(width), flags)
-	share := map[uint32]int{}
+	share, older := map[uint32]int{}, map[uint32]int{}
 	for _, slot := range c.slots[uint32(word) : uint32(word)+slotCount(width)] {
 		share[uint32(slot)]++
+		for _, candidate := range c.candidates[slot>>candidatesShift].Number {
+			if candidate != 0 {
+				older[candidate]++
+			}
+		}
 	}
 	var rows []string
 	for backend, n := range share {
 		rows = append(rows, fmt.Sprintf("  %s slots %d\n", dumpBackend(c, backend), n))
+	}
+	for backend, n := range older {
+		rows = append(rows, fmt.Sprintf("  %s candidate for %d\n", dumpBackend(c, backend), n))
 	}
 	slices.Sort(rows)
 	return text + strings.Join(rows, "")

@@ -9,14 +9,17 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
 
+	"fairlead.dev/fairlead/internal/file"
 	"fairlead.dev/fairlead/internal/flowhash"
 	"fairlead.dev/fairlead/internal/lb"
+	"fairlead.dev/fairlead/internal/plan"
 )
 
 var update = flag.Bool("update", false, "rewrite golden files")
@@ -90,15 +93,53 @@ func (f *fake) dump(tb testing.TB) string {
 func TestDumpGolden(t *testing.T) {
 	f := newFake(t)
 	must(t, f.set(desired(testPlan(3))))
-	const path = "testdata/plan.dump"
+	golden(t, "testdata/plan.dump", f.dump(t))
+}
+
+func golden(t *testing.T, path, got string) {
+	t.Helper()
 	if *update {
-		must(t, os.WriteFile(path, []byte(f.dump(t)), 0o644))
+		must(t, os.WriteFile(path, []byte(got), 0o644))
 	}
 	want, err := os.ReadFile(path)
 	must(t, err)
-	if got := f.dump(t); got != string(want) {
+	if got != string(want) {
 		t.Errorf("dump:\n%s\nwant\n%s", got, want)
 	}
+}
+
+// From YAML to what the maps of each node hold, and again after a change of the
+// endpoints, where one begins to leave.
+func TestExampleDumpGolden(t *testing.T) {
+	text, err := os.ReadFile("../../examples/small.yaml")
+	must(t, err)
+	path := filepath.Join(t.TempDir(), "small.yaml")
+	var dumps strings.Builder
+	nodes := map[string]*fake{}
+	const ready, leaving = "[10.244.1.2], conditions: {ready: true}", "[10.244.1.2], conditions: {ready: false, serving: true, terminating: true}"
+	if !strings.Contains(string(text), ready) {
+		t.Fatal("the example has no such endpoint any more")
+	}
+	for _, condition := range []string{ready, leaving} {
+		edited := strings.Replace(string(text), ready, condition, 1)
+		must(t, os.WriteFile(path, []byte(edited), 0o600))
+		s, findings := file.Load([]string{path})
+		if len(findings) > 0 {
+			t.Fatal(findings)
+		}
+		for _, node := range s.Nodes {
+			p, findings := plan.ForNode(s, node.Name)
+			if len(findings) > 0 {
+				t.Fatal(findings)
+			}
+			if nodes[node.Name] == nil {
+				nodes[node.Name] = newFake(t)
+			}
+			must(t, nodes[node.Name].set(Desired{Plan: p}))
+			dumps.WriteString("== " + node.Name + ", " + condition + "\n" + nodes[node.Name].dump(t))
+		}
+	}
+	golden(t, "testdata/small.dump", dumps.String())
 }
 
 // However often a map fails in between, going on with the same plan ends in
