@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -17,15 +18,19 @@ import (
 
 func demoCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "demo [first-light]",
+		Use:   "demo [first-light|rollout]",
 		Short: "Watch Fairlead work in a throwaway network",
 		Long: `Watch Fairlead work in a throwaway network of namespaces: a client, a router that
 spreads packets by ECMP, 3 LB nodes and 4 workers with 2 Pods each run on this
 machine, with real agents and real traffic. Every claim is checked; the exit code
-is not 0 when one does not hold. Nothing outside the namespaces is touched.`,
+is not 0 when one does not hold. Nothing outside the namespaces is touched.
+
+  first-light  connections are spread over LB nodes and Pods (the default)
+  rollout      500 connections outlive a rolling update, an LB node that is lost
+               and comes back, and an agent that is killed`,
 		Args:      args(cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs)),
-		ValidArgs: []string{"first-light"},
-		RunE: func(c *cobra.Command, _ []string) error {
+		ValidArgs: []string{"first-light", "rollout"},
+		RunE: func(c *cobra.Command, scene []string) error {
 			if err := needRoot("the demo"); err != nil {
 				return err
 			}
@@ -37,6 +42,9 @@ is not 0 when one does not hold. Nothing outside the namespaces is touched.`,
 			defer stop()
 			d := demo.Demo{Out: c.OutOrStdout(), Binary: binary,
 				Live: term.IsTerminal(int(os.Stdout.Fd())) && os.Getenv("NO_COLOR") == ""}
+			if slices.Equal(scene, []string{"rollout"}) {
+				return d.Rollout(ctx)
+			}
 			return d.FirstLight(ctx)
 		},
 	}

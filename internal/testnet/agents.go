@@ -3,7 +3,9 @@
 package testnet
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -193,14 +195,18 @@ func (n *Node) AgentProcess() *Process { return n.agent }
 // Socket is the agent's status socket.
 func (n *Node) Socket() string { return filepath.Join(n.net.Dir, n.Name()+".sock") }
 
-// Status asks the node's agent.
-func (n *Node) Status() (status.Document, error) {
-	var d status.Document
-	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+// api talks to the agent's socket.
+func (n *Node) api() *http.Client {
+	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", n.Socket())
 		}}}
-	response, err := client.Get("http://agent/v1/status")
+}
+
+// Status asks the node's agent.
+func (n *Node) Status() (status.Document, error) {
+	var d status.Document
+	response, err := n.api().Get("http://agent/v1/status")
 	if err != nil {
 		return d, fmt.Errorf("ask the agent of %s: %w", n.Name(), err)
 	}
@@ -251,4 +257,46 @@ func (n *Node) unready(backends int) string {
 		}
 	}
 	return ""
+}
+
+// Hashed returns the backend that the hash names for a TCP connection, whoever
+// owns it: where the agent's program would send its SYN.
+func (n *Node) Hashed(client, vip netip.AddrPort) (netip.Addr, error) {
+	body, err := json.Marshal(map[string]any{"frame": synFrame(client, vip)})
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	response, err := n.api().Post("http://agent/v1/trace", "application/json", bytes.NewReader(body))
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("ask the agent of %s: %w", n.Name(), err)
+	}
+	defer response.Body.Close()
+	var trace struct{ Target netip.AddrPort }
+	if err := json.NewDecoder(response.Body).Decode(&trace); err != nil {
+		return netip.Addr{}, fmt.Errorf("read the trace of %s: %w", n.Name(), err)
+	}
+	return trace.Target.Addr(), nil
+}
+
+// synFrame is a frame of a SYN; nothing looks at its checksums.
+func synFrame(client, vip netip.AddrPort) []byte {
+	tcp := make([]byte, 20)
+	binary.BigEndian.PutUint16(tcp, client.Port())
+	binary.BigEndian.PutUint16(tcp[2:], vip.Port())
+	tcp[12], tcp[13] = 5<<4, 2
+	frame := make([]byte, 14)
+	if vip.Addr().Is4() {
+		ip := make([]byte, 20)
+		ip[0], ip[3], ip[8], ip[9] = 0x45, 40, 64, 6
+		copy(ip[12:], client.Addr().AsSlice())
+		copy(ip[16:], vip.Addr().AsSlice())
+		binary.BigEndian.PutUint16(frame[12:], 0x0800)
+		return append(append(frame, ip...), tcp...)
+	}
+	ip := make([]byte, 40)
+	ip[0], ip[5], ip[6], ip[7] = 0x60, 20, 6, 64
+	copy(ip[8:], client.Addr().AsSlice())
+	copy(ip[24:], vip.Addr().AsSlice())
+	binary.BigEndian.PutUint16(frame[12:], 0x86dd)
+	return append(append(frame, ip...), tcp...)
 }
