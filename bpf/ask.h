@@ -132,7 +132,8 @@ static __always_inline bool affordable(const struct packet *packet, __u32 servic
 		budget->packets = counter->packets;
 		budget->spent = 0;
 	}
-	if (budget->spent >= BUDGET_FLOOR + (counter->packets - budget->packets) / BUDGET_PART)
+	if (budget->spent >=
+	    config.budget_floor + (counter->packets - budget->packets) / BUDGET_PART)
 		return false;
 	budget->spent++;
 	return true;

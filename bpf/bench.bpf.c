@@ -11,7 +11,7 @@
 #include "parse.h"
 #include "hash.h"
 
-#define FRAME_MAX 128
+#define FRAME_MAX 192
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
@@ -25,37 +25,77 @@ volatile const __u32 frame_length;  /* a multiple of 8 */
 volatile const __u32 client_offset; /* of the last 4 bytes of the client's address */
 volatile const __u32 port_offset;
 volatile const __u32 flow_count;
+volatile const __u32 hash_offset; /* of the flow's hash in a tunnel option; 0: none */
 volatile const __u32 partial_sum; /* of IPv4's header without client and sum; 0: IPv6 */
 
 __u32 turn;
+
+/* The frame of the next turn. Neighbouring turns are spread over the flows, so
+ * that no cache is warm by order. */
+static __always_inline bool make_frame(void *data, void *data_end)
+{
+	__u32 flow = (turn++ * 2654435761U) % flow_count, sum;
+	__be32 client = bpf_htonl(0xac100000 + (flow >> 12));
+	__be16 port = bpf_htons(1024 + (flow & 0xfff));
+	__u64 *to = data;
+
+	if (data + frame_length > data_end)
+		return false;
+	for (__u32 i = 0; i < frame_length / 8; i++)
+		to[i] = ((const volatile __u64 *)frame)[i];
+	*(__be32 *)(data + client_offset) = client;
+	if (partial_sum) {
+		sum = partial_sum + (client & 0xffff) + (client >> 16);
+		sum = (sum & 0xffff) + (sum >> 16);
+		*(__u16 *)(data + client_offset - 2) = ~((sum & 0xffff) + (sum >> 16));
+	}
+	*(__be16 *)(data + port_offset) = port;
+	if (hash_offset) { /* IPv4 TCP */
+		struct addr from, vip;
+
+		map_v4(&from, client);
+		map_v4(&vip, *(__be32 *)(data + client_offset + 4));
+		*(__be64 *)(data + hash_offset) = bpf_cpu_to_be64(flow_hash(
+			&from, &vip, port, *(__be16 *)(data + port_offset + 2), IPPROTO_TCP, 4));
+	}
+	return true;
+}
 
 SEC("xdp.frags")
 int generate(struct xdp_md *ctx)
 {
 	long grown = (void *)(long)ctx->data_end - (void *)(long)ctx->data - (long)frame_length;
-	/* Spreads neighbouring turns over the flows, so that no cache is warm by order. */
-	__u32 flow = (turn++ * 2654435761U) % flow_count;
-	__be32 client;
-	__u32 sum;
-	__u64 *to;
 
 	if (grown && bpf_xdp_adjust_head(ctx, grown))
 		return XDP_ABORTED;
-	to = (void *)(long)ctx->data;
-	if ((void *)to + frame_length > (void *)(long)ctx->data_end)
+	if (!make_frame((void *)(long)ctx->data, (void *)(long)ctx->data_end))
 		return XDP_ABORTED;
-	for (__u32 i = 0; i < frame_length / 8; i++)
-		to[i] = ((const volatile __u64 *)frame)[i];
-	client = bpf_htonl(0xac100000 + (flow >> 12));
-	*(__be32 *)((void *)to + client_offset) = client;
-	if (partial_sum) {
-		sum = partial_sum + (client & 0xffff) + (client >> 16);
-		sum = (sum & 0xffff) + (sum >> 16);
-		*(__u16 *)((void *)to + client_offset - 2) = ~((sum & 0xffff) + (sum >> 16));
-	}
-	*(__be16 *)((void *)to + port_offset) = bpf_htons(1024 + (flow & 0xfff));
 	bpf_tail_call(ctx, &target, 0);
 	return XDP_ABORTED;
+}
+
+/* The same for tc. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__type(key, __u32);
+	__type(value, __u32);
+	__uint(max_entries, 1);
+} target_tc SEC(".maps");
+
+SEC("tc")
+int generate_tc(struct __sk_buff *skb)
+{
+	if (bpf_skb_pull_data(skb, 0) ||
+	    !make_frame((void *)(long)skb->data, (void *)(long)skb->data_end))
+		return 2; /* TC_ACT_SHOT */
+	bpf_tail_call(skb, &target_tc, 0);
+	return 2;
+}
+
+SEC("tc")
+int nothing_tc(struct __sk_buff *skb)
+{
+	return 0;
 }
 
 SEC("xdp.frags")

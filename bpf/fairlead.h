@@ -94,7 +94,7 @@ struct hint {
 
 /*
  * budgets (per CPU): attempts beyond the first of one service and client
- * prefix (/24, /56) within a second: BUDGET_FLOOR, and one for each
+ * prefix (/24, /56) within a second: config.budget_floor, and one for each
  * BUDGET_PART packets of the service.
  */
 struct budget {
@@ -104,7 +104,6 @@ struct budget {
 };
 
 #define BUDGETS_MASK 4095
-#define BUDGET_FLOOR 4096
 #define BUDGET_PART 5
 
 /*
@@ -406,6 +405,8 @@ struct config {
 	__u8 backend; /* role backend */
 	__u8 tracing; /* count and record nothing; write `traces` */
 	__u8 pad[3];
+	__u32 budget_floor; /* see struct budget */
+	__u32 pad1;
 	__u64 idle_tcp_ns;     /* established TCP */
 	__u64 idle_udp_ns;     /* answered UDP */
 	__u64 idle_closing_ns; /* closing TCP */

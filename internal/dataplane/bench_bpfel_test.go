@@ -38,10 +38,13 @@ const (
 	benchMapSlots           = "slots"
 	benchMapSyns            = "syns"
 	benchMapTarget          = "target"
+	benchMapTargetTc        = "target_tc"
 	benchMapTraces          = "traces"
 	benchMapVipBits         = "vip_bits"
 	benchProgGenerate       = "generate"
+	benchProgGenerateTc     = "generate_tc"
 	benchProgNothing        = "nothing"
+	benchProgNothingTc      = "nothing_tc"
 	benchProgPass           = "pass"
 	benchProgPrototype      = "prototype"
 	benchProgSink           = "sink"
@@ -50,6 +53,7 @@ const (
 	benchVarFlowCount       = "flow_count"
 	benchVarFrame           = "frame"
 	benchVarFrameLength     = "frame_length"
+	benchVarHashOffset      = "hash_offset"
 	benchVarPartialSum      = "partial_sum"
 	benchVarPortOffset      = "port_offset"
 	benchVarTurn            = "turn"
@@ -97,11 +101,13 @@ type benchSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type benchProgramSpecs struct {
-	Generate  *ebpf.ProgramSpec `ebpf:"generate"`
-	Nothing   *ebpf.ProgramSpec `ebpf:"nothing"`
-	Pass      *ebpf.ProgramSpec `ebpf:"pass"`
-	Prototype *ebpf.ProgramSpec `ebpf:"prototype"`
-	Sink      *ebpf.ProgramSpec `ebpf:"sink"`
+	Generate   *ebpf.ProgramSpec `ebpf:"generate"`
+	GenerateTc *ebpf.ProgramSpec `ebpf:"generate_tc"`
+	Nothing    *ebpf.ProgramSpec `ebpf:"nothing"`
+	NothingTc  *ebpf.ProgramSpec `ebpf:"nothing_tc"`
+	Pass       *ebpf.ProgramSpec `ebpf:"pass"`
+	Prototype  *ebpf.ProgramSpec `ebpf:"prototype"`
+	Sink       *ebpf.ProgramSpec `ebpf:"sink"`
 }
 
 // benchMapSpecs contains maps before they are loaded into the kernel.
@@ -130,6 +136,7 @@ type benchMapSpecs struct {
 	Slots           *ebpf.MapSpec `ebpf:"slots"`
 	Syns            *ebpf.MapSpec `ebpf:"syns"`
 	Target          *ebpf.MapSpec `ebpf:"target"`
+	TargetTc        *ebpf.MapSpec `ebpf:"target_tc"`
 	Traces          *ebpf.MapSpec `ebpf:"traces"`
 	VipBits         *ebpf.MapSpec `ebpf:"vip_bits"`
 }
@@ -143,6 +150,7 @@ type benchVariableSpecs struct {
 	FlowCount    *ebpf.VariableSpec `ebpf:"flow_count"`
 	Frame        *ebpf.VariableSpec `ebpf:"frame"`
 	FrameLength  *ebpf.VariableSpec `ebpf:"frame_length"`
+	HashOffset   *ebpf.VariableSpec `ebpf:"hash_offset"`
 	PartialSum   *ebpf.VariableSpec `ebpf:"partial_sum"`
 	PortOffset   *ebpf.VariableSpec `ebpf:"port_offset"`
 	Turn         *ebpf.VariableSpec `ebpf:"turn"`
@@ -190,6 +198,7 @@ type benchMaps struct {
 	Slots           *ebpf.Map `ebpf:"slots"`
 	Syns            *ebpf.Map `ebpf:"syns"`
 	Target          *ebpf.Map `ebpf:"target"`
+	TargetTc        *ebpf.Map `ebpf:"target_tc"`
 	Traces          *ebpf.Map `ebpf:"traces"`
 	VipBits         *ebpf.Map `ebpf:"vip_bits"`
 }
@@ -218,6 +227,7 @@ func (m *benchMaps) Close() error {
 		m.Slots,
 		m.Syns,
 		m.Target,
+		m.TargetTc,
 		m.Traces,
 		m.VipBits,
 	)
@@ -232,6 +242,7 @@ type benchVariables struct {
 	FlowCount    *ebpf.Variable `ebpf:"flow_count"`
 	Frame        *ebpf.Variable `ebpf:"frame"`
 	FrameLength  *ebpf.Variable `ebpf:"frame_length"`
+	HashOffset   *ebpf.Variable `ebpf:"hash_offset"`
 	PartialSum   *ebpf.Variable `ebpf:"partial_sum"`
 	PortOffset   *ebpf.Variable `ebpf:"port_offset"`
 	Turn         *ebpf.Variable `ebpf:"turn"`
@@ -241,17 +252,21 @@ type benchVariables struct {
 //
 // It can be passed to loadBenchObjects or ebpf.CollectionSpec.LoadAndAssign.
 type benchPrograms struct {
-	Generate  *ebpf.Program `ebpf:"generate"`
-	Nothing   *ebpf.Program `ebpf:"nothing"`
-	Pass      *ebpf.Program `ebpf:"pass"`
-	Prototype *ebpf.Program `ebpf:"prototype"`
-	Sink      *ebpf.Program `ebpf:"sink"`
+	Generate   *ebpf.Program `ebpf:"generate"`
+	GenerateTc *ebpf.Program `ebpf:"generate_tc"`
+	Nothing    *ebpf.Program `ebpf:"nothing"`
+	NothingTc  *ebpf.Program `ebpf:"nothing_tc"`
+	Pass       *ebpf.Program `ebpf:"pass"`
+	Prototype  *ebpf.Program `ebpf:"prototype"`
+	Sink       *ebpf.Program `ebpf:"sink"`
 }
 
 func (p *benchPrograms) Close() error {
 	return _BenchClose(
 		p.Generate,
+		p.GenerateTc,
 		p.Nothing,
+		p.NothingTc,
 		p.Pass,
 		p.Prototype,
 		p.Sink,

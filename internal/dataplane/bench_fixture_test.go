@@ -17,23 +17,7 @@ import (
 // family and protocol whose slots go round benchBackends backends.
 func benchBalancer(b *testing.B, mode bpfMode) *bpfObjects {
 	b.Helper()
-	spec, err := loadBpf()
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := spec.Variables["config"].Set(benchConfig()); err != nil {
-		b.Fatal(err)
-	}
-	spec.Maps["slots"].MaxEntries = 2 << benchBits
-	var objects bpfObjects
-	if err := spec.LoadAndAssign(&objects, nil); err != nil {
-		var verifier *ebpf.VerifierError
-		if errors.As(err, &verifier) {
-			b.Fatalf("load: %+v", verifier)
-		}
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { objects.Close() })
+	objects := benchLoad(b, map[string]int{"slots": 2 << benchBits, "hints": 1 << 18})
 	put := func(m *ebpf.Map, key, value any) {
 		if err := m.Put(key, value); err != nil {
 			b.Fatal(err)
@@ -58,7 +42,7 @@ func benchBalancer(b *testing.B, mode bpfMode) *bpfObjects {
 			put(objects.Services, bpfServiceKey{Vip: bpfAddrOf(vip), Port: swap16(benchPort), Proto: proto}, number)
 		}
 	}
-	return &objects
+	return objects
 }
 
 func benchBackend(family int, mode bpfMode, n uint32) bpfBackend {
@@ -73,4 +57,32 @@ func benchBackend(family int, mode bpfMode, n uint32) bpfBackend {
 	row := backendRow(lb.Backend{ID: lb.BackendID{Target: netip.AddrPortFrom(pod, 8080), Tunnel: tunnel, Mode: names[mode]}}, [8]byte{7})
 	row.Word = backendWord(bpfBackendStateBACKEND_ACTIVE, 1, 1)
 	return row
+}
+
+// benchLoad loads the program with both roles on and maps of these sizes.
+func benchLoad(b *testing.B, sizes map[string]int) *bpfObjects {
+	b.Helper()
+	spec, err := loadBpf()
+	if err != nil {
+		b.Fatal(err)
+	}
+	config := benchConfig()
+	config.Tag = [8]byte{benchTag}
+	config.IdleTcpNs, config.IdleUdpNs, config.IdleClosingNs = 3600e9, 3600e9, 3600e9
+	if err := spec.Variables["config"].Set(config); err != nil {
+		b.Fatal(err)
+	}
+	for name, size := range sizes {
+		spec.Maps[name].MaxEntries = uint32(size)
+	}
+	var objects bpfObjects
+	if err := spec.LoadAndAssign(&objects, nil); err != nil {
+		var verifier *ebpf.VerifierError
+		if errors.As(err, &verifier) {
+			b.Fatalf("load: %+v", verifier)
+		}
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { objects.Close() })
+	return &objects
 }

@@ -82,7 +82,7 @@ func newForwarder(b *testing.B, flows int) (*forwarder, *bpfObjects) {
 	frame := benchFrame("tcp", 4, benchVIP[4])
 	copy(frame, ours)
 	copy(frame[6:], theirs)
-	f := &forwarder{pair, benchGenerator(b, objects, frame, 4, flows), frame}
+	f := &forwarder{pair, benchGenerator(b, objects, frame, varyClient(frame, 4), flows), frame}
 	if err := f.generator.Target.Put(uint32(0), uint32(f.generator.Nothing.FD())); err != nil {
 		b.Fatal(err)
 	}

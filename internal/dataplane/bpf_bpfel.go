@@ -90,6 +90,8 @@ type bpfConfig struct {
 	Backend       uint8
 	Tracing       uint8
 	Pad           [3]uint8
+	BudgetFloor   uint32
+	Pad1          uint32
 	IdleTcpNs     uint64
 	IdleUdpNs     uint64
 	IdleClosingNs uint64

@@ -14,9 +14,12 @@ import (
 // What a tunnel adds to an L3 packet at most, for the MSS clamp: IPv6, UDP,
 // Geneve with our option and an address of the packet's family.
 const (
-	outerBytes   = 40 + 8 + 8 + 4 + 32
-	tcpBytes     = 20
-	leastMTU     = 1280 // of IPv6, below which clamping helps nobody
+	outerBytes = 40 + 8 + 8 + 4 + 32
+	tcpBytes   = 20
+	leastMTU   = 1280 // of IPv6, below which clamping helps nobody
+	// budgetFloor is how many questions beyond the first attempt each client
+	// prefix may cause in a second, for each service and CPU.
+	budgetFloor  = 4096
 	defaultTCP   = 2*time.Hour + 10*time.Minute
 	defaultUDP   = 2 * time.Minute
 	defaultClose = 2 * time.Minute
@@ -26,7 +29,7 @@ const (
 // them again, and swapping.
 func (d *Dataplane) constants(want Desired) (bpfConfig, error) {
 	cfg, plan := d.config, want.Plan
-	c := bpfConfig{Vni: cfg.VNI, GenevePort: swap16(cfg.GenevePort), Tag: cfg.Tag,
+	c := bpfConfig{Vni: cfg.VNI, GenevePort: swap16(cfg.GenevePort), Tag: cfg.Tag, BudgetFloor: budgetFloor,
 		IdleTcpNs:     uint64(cfg.Timeouts.TCP),
 		IdleUdpNs:     uint64(cfg.Timeouts.UDP),
 		IdleClosingNs: uint64(cfg.Timeouts.Closing)}

@@ -134,7 +134,7 @@ func newNetwork(t testing.TB, edit func(*bpfConfig)) *network {
 	}
 	words := testKey.Words()
 	config := bpfConfig{Key: words, Node4: wireAddr(node4), Node6: wireAddr(node6), Ipip4: wireAddr(node4),
-		Ipip6: wireAddr(node6), Vni: testVNI, GenevePort: wirePort(genevePort), Lb: 1}
+		Ipip6: wireAddr(node6), Vni: testVNI, GenevePort: wirePort(genevePort), BudgetFloor: budgetFloor, Lb: 1}
 	if edit != nil {
 		edit(&config)
 	}
