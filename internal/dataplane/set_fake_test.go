@@ -59,21 +59,23 @@ type fake struct {
 	fails    func() bool
 }
 
-func newFake(tb testing.TB) *fake {
+func newFake(tb testing.TB) *fake { return newFakeOf(tb, smallLimits) }
+
+func newFakeOf(tb testing.TB, limits Limits) *fake {
 	tb.Helper()
 	f := &fake{now: time.Unix(0, 0), fails: func() bool { return false }}
 	fails := func() bool { return f.fails() }
 	f.maps = &contents{
-		serviceWords: make([]uint64, smallLimits.Services), slots: make([]uint64, smallLimits.Slots), vipBits: make([]uint64, vipBitsWords),
-		candidates: make([]bpfCandidateRow, smallLimits.Candidates), denials: make([]uint64, smallLimits.Services),
-		backends: make([]bpfBackend, smallLimits.Backends), nextHops: make([]bpfNextHop, smallLimits.NextHops),
+		serviceWords: make([]uint64, limits.Services), slots: make([]uint64, limits.Slots), vipBits: make([]uint64, vipBitsWords),
+		candidates: make([]bpfCandidateRow, limits.Candidates), denials: make([]uint64, limits.Services),
+		backends: make([]bpfBackend, limits.Backends), nextHops: make([]bpfNextHop, limits.NextHops),
 		services: &fakeMap[bpfServiceKey, uint32]{map[bpfServiceKey]uint32{}, fails},
 		pods:     &fakeMap[bpfPodKey, bpfPod]{map[bpfPodKey]bpfPod{}, fails},
 		lbNodes:  &fakeMap[bpfLbNodeKey, uint32]{map[bpfLbNodeKey]uint32{}, fails},
 	}
-	f.balancer = newBalancer(f.maps, smallLimits, flowhash.Secret{1, 2, 3}.Tag)
+	f.balancer = newBalancer(f.maps, limits, flowhash.Secret{1, 2, 3}.Tag)
 	var err error
-	f.receiver, err = newReceiver(f.maps, smallLimits)
+	f.receiver, err = newReceiver(f.maps, limits)
 	must(tb, err)
 	return f
 }
