@@ -30,6 +30,11 @@ type ServicePolicySpec struct {
 	// 256 to 131072. By default, or 0, it follows the number of backends.
 	TableSize int64 `json:"tableSize,omitempty"`
 
+	// SlotsPerBackend is how many slots a table whose size follows the number of
+	// backends has for each of them at least: 10 to 1000, by default 100. The
+	// more, the fewer flow hashes change backends beside those that must.
+	SlotsPerBackend int64 `json:"slotsPerBackend,omitempty"`
+
 	// Drain says how backends that are leaving are treated.
 	Drain Drain `json:"drain,omitempty"`
 }

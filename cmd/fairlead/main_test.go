@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"fairlead.dev/fairlead/internal/agent"
 	"fairlead.dev/fairlead/internal/dataplane"
 	"fairlead.dev/fairlead/internal/status"
 )
@@ -64,6 +65,8 @@ func TestExitCodes(t *testing.T) {
 		{"trace sctp 192.0.2.1:80 192.0.2.2:80", exitUsage, "use tcp"},
 		{"trace --pcap /nowhere", exitFailed, "open the capture"},
 		{"trace --socket " + none + " udp 192.0.2.1:80 192.0.2.2:80", exitFailed, "start one with fairlead agent"},
+		{"simulate", exitUsage, "see fairlead simulate --help"},
+		{"simulate --socket " + none + " x", exitFailed, "no agent answers"},
 		{"agent", exitUsage, "--config is missing"},
 		{"agent --config /nowhere", exitUsage, "read the configuration"},
 		{"keys", exitUsage, "see fairlead keys --help"},
@@ -188,5 +191,20 @@ verdict    drop, no_service: for a VIP, but no Service has this port and protoco
 		if err := writeTrace(&text, d, changed, "text"); err != nil || text.String() != want {
 			t.Errorf("%v:\n%s\nwant\n%s", err, text.String(), want)
 		}
+	}
+}
+
+func TestWriteSimulation(t *testing.T) {
+	var text strings.Builder
+	err := writeSimulation(&text, []agent.Simulation{
+		{Service: "default/web", Address: "192.0.2.1:80/TCP", SlotsNow: 256, SlotsThen: 1024, Moved: 0.25, Flows: 1000, Concerned: 240},
+		{Service: "default/dns", Address: "192.0.2.1:53/UDP", SlotsNow: 256, SlotsThen: 256, Flows: 7, Break: 7, Reason: "1 backends go"},
+	}, "table")
+	const want = `SERVICE      ADDRESS           SLOTS        MOVES  FLOWS  CONCERNED  BREAK  REASON
+default/web  192.0.2.1:80/TCP  256 -> 1024  25.0%  1000   240        0      
+default/dns  192.0.2.1:53/UDP  256          0.0%   7      0          7      1 backends go
+`
+	if err != nil || text.String() != want {
+		t.Errorf("%v:\n%s\nwant\n%s", err, text.String(), want)
 	}
 }

@@ -96,6 +96,7 @@ func (a *Agent) localAPI() http.Handler {
 		_, _ = w.Write([]byte(plan.Format(a.plan)))
 	})
 	mux.HandleFunc("POST /v1/trace", a.trace)
+	mux.HandleFunc("POST /v1/simulate", a.simulate)
 	return mux
 }
 

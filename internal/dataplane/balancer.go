@@ -343,22 +343,20 @@ func (b *balancer) setSlots(known *frontend, want lb.Frontend, now time.Time) er
 // When there is nobody for new flows, the slots stay, for those who have older
 // ones.
 func (b *balancer) owners(known *frontend, want lb.Frontend) ([]uint32, map[uint32]bool) {
-	active := make([]maglev.Backend, 0, len(want.Backends))
-	numbers := make([]uint32, 0, len(want.Backends))
 	alive := make(map[uint32]bool, len(want.Backends))
 	for _, backend := range want.Backends {
-		number := b.backends[backend.ID].number
-		alive[number] = true
-		if backend.State == lb.Active && backend.Weight > 0 {
-			active = append(active, maglev.Backend{Key: backendKey(backend.ID.Target), Weight: backend.Weight})
-			numbers = append(numbers, number)
-		}
+		alive[b.backends[backend.ID].number] = true
 	}
+	active, ids := takers(want)
 	if len(active) == 0 {
 		if len(alive) == 0 || known.bits == 0 {
 			return nil, alive
 		}
 		return make([]uint32, 1<<known.bits), alive
+	}
+	numbers := make([]uint32, len(ids))
+	for i, id := range ids {
+		numbers[i] = b.backends[id].number
 	}
 	b.indexes = slices.Grow(b.indexes[:0], int(want.TableSize))[:want.TableSize]
 	b.builder.Build(b.indexes, active)
@@ -367,6 +365,18 @@ func (b *balancer) owners(known *frontend, want lb.Frontend) ([]uint32, map[uint
 		owners[slot] = numbers[index]
 	}
 	return owners, alive
+}
+
+// takers are the backends of a frontend that take new flows, as its table is
+// built of them, and who they are.
+func takers(f lb.Frontend) (active []maglev.Backend, ids []lb.BackendID) {
+	for _, backend := range f.Backends {
+		if backend.State == lb.Active && backend.Weight > 0 {
+			active = append(active, maglev.Backend{Key: backendKey(backend.ID.Target), Weight: backend.Weight})
+			ids = append(ids, backend.ID)
+		}
+	}
+	return active, ids
 }
 
 // checksum is FNV-1a over words, to notice slots that are not what was written.

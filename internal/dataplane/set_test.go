@@ -385,3 +385,33 @@ func TestRestartAdoptsTables(t *testing.T) {
 		must(t, second.Close())
 	}
 }
+
+// What is said to move moves, in tables of the same and of another size, and
+// nothing is changed by asking.
+func TestSimulate(t *testing.T) {
+	vethNamespace(t)
+	d := openTest(t, pinDir(t), smallLimits)
+	before := desired(testPlan(5))
+	must(t, d.Set(context.Background(), before))
+	dump := dumped(t, d)
+	for n, most := range map[int]float64{5: 0, 4: 0.35, 12: 0.95, 1: 0.9} {
+		after := testPlan(n)
+		all, err := d.Simulate(after)
+		must(t, err)
+		if len(all) != 2 || all[0].Moved != 0 || all[0].SlotsNow != 256 {
+			t.Fatalf("%+v", all)
+		}
+		web := all[1]
+		if least := most / 2; web.Moved < least || web.Moved > most || web.SlotsThen != after.Frontends[1].TableSize || len(web.Gone) != max(0, 5-n) {
+			t.Errorf("%d backends: %+v", n, web)
+		}
+		for _, gone := range web.Gone {
+			if web.Lost[gone] != 1 {
+				t.Errorf("%d backends: %s keeps something", n, gone.Target)
+			}
+		}
+	}
+	if got := dumped(t, d); got != dump {
+		t.Errorf("simulating changed the maps:\n%s", got)
+	}
+}

@@ -228,6 +228,14 @@ func (b *builder) addPolicy(o *object, v *v1alpha1.ServicePolicy) {
 		size = 0
 	}
 	policy.TableSize = uint32(size)
+	switch per := v.Spec.SlotsPerBackend; {
+	case per != 0 && (per < 10 || per > 1000):
+		o.find(badPolicy, "spec.slotsPerBackend", "%d is not between 10 and 1000", per)
+	case per != 0 && size != 0:
+		o.find(badPolicy, "spec.slotsPerBackend", "tableSize fixes the size already; set one of both")
+	default:
+		policy.SlotsPerBackend = uint32(per)
+	}
 	if policy.DrainTimeout = v.Spec.Drain.Timeout.Duration; policy.DrainTimeout < 0 {
 		o.find(badPolicy, "spec.drain.timeout", "%s is negative", policy.DrainTimeout)
 		policy.DrainTimeout = 0

@@ -106,6 +106,9 @@ type Policy struct {
 	// TableSize fixes the number of slots (a power of two, 256 to 131072);
 	// 0 derives it from the number of backends.
 	TableSize uint32
+	// SlotsPerBackend is how many slots a derived table has for each backend at
+	// least; 0: as many as by default.
+	SlotsPerBackend uint32
 	// Independent: each datagram stands alone, as in DNS.
 	Independent bool
 	// DrainTimeout bounds how long a backend that takes no new flows keeps those

@@ -28,13 +28,18 @@ const None = ^uint32(0)
 // it seldom changes, and half a step at the end.
 var sizes = [...]uint32{256, 1024, 4096, 16384, 65536, 131072}
 
-const slotsPerBackend = 100
+// SlotsPerBackend is how many a table has at least, unless a policy says
+// otherwise: the more, the less changes hands beside what must.
+const SlotsPerBackend = 100
 
 // Size returns the number of slots of a table for so many backends: the
-// smallest with at least 100 slots each, or the largest.
-func Size(backends int) uint32 {
+// smallest with at least SlotsPerBackend each, or the largest.
+func Size(backends int) uint32 { return SizeFor(backends, SlotsPerBackend) }
+
+// SizeFor is Size for another number of slots each.
+func SizeFor(backends, slotsPerBackend int) uint32 {
 	for _, size := range sizes {
-		if uint64(backends)*slotsPerBackend <= uint64(size) {
+		if uint64(backends)*uint64(slotsPerBackend) <= uint64(size) {
 			return size
 		}
 	}

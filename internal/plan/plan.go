@@ -143,7 +143,7 @@ func (p *planner) frontend(s *lb.Service, vip netip.Addr, port lb.ServicePort) l
 	if len(f.Backends) > 0 {
 		f.TableSize = s.Policy.TableSize
 		if f.TableSize == 0 {
-			f.TableSize = maglev.Size(len(f.Backends))
+			f.TableSize = maglev.SizeFor(len(f.Backends), int(cmp.Or(s.Policy.SlotsPerBackend, maglev.SlotsPerBackend)))
 		}
 	}
 	return f

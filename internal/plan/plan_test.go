@@ -133,3 +133,15 @@ func TestFindings(t *testing.T) {
 		t.Errorf("9 ports: %v, %+v", findings, p.Pods)
 	}
 }
+
+// The size of a derived table follows the policy.
+func TestTableSize(t *testing.T) {
+	for _, c := range []struct{ fixed, per, want uint32 }{{0, 0, 1024}, {0, 10, 256}, {0, 1000, 4096}, {512, 0, 512}} {
+		s := service(endpoint(1, true, true, false), endpoint(2, true, true, false), endpoint(3, true, true, false))
+		s.Services[0].Policy.TableSize, s.Services[0].Policy.SlotsPerBackend = c.fixed, c.per
+		p, _ := plan.ForNode(s, "lb")
+		if got := p.Frontends[0].TableSize; got != c.want {
+			t.Errorf("%+v: %d slots", c, got)
+		}
+	}
+}
