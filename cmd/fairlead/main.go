@@ -78,7 +78,7 @@ Start with:
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usage("%w; see %s --help", err, c.CommandPath())
 	})
-	root.AddCommand(agentCommand(), checkCommand(), cleanupCommand(), demoCommand(), keysCommand(), lintCommand(), simulateCommand(), statusCommand(), traceCommand(), versionCommand())
+	root.AddCommand(agentCommand(), checkCommand(), cleanupCommand(), demoCommand(), drainCommand(), keysCommand(), lintCommand(), simulateCommand(), statusCommand(), traceCommand(), versionCommand())
 	return root
 }
 

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"fairlead.dev/fairlead/internal/agent"
 	"fairlead.dev/fairlead/internal/dataplane"
@@ -67,6 +68,8 @@ func TestExitCodes(t *testing.T) {
 		{"trace --socket " + none + " udp 192.0.2.1:80 192.0.2.2:80", exitFailed, "start one with fairlead agent"},
 		{"simulate", exitUsage, "see fairlead simulate --help"},
 		{"simulate --socket " + none + " x", exitFailed, "no agent answers"},
+		{"drain", exitUsage, "see fairlead drain --help"},
+		{"drain --socket " + none + " worker-1", exitFailed, "no agent answers"},
 		{"agent", exitUsage, "--config is missing"},
 		{"agent --config /nowhere", exitUsage, "read the configuration"},
 		{"keys", exitUsage, "see fairlead keys --help"},
@@ -206,5 +209,34 @@ default/dns  192.0.2.1:53/UDP  256          0.0%   7      0          7      1 ba
 `
 	if err != nil || text.String() != want {
 		t.Errorf("%v:\n%s\nwant\n%s", err, text.String(), want)
+	}
+}
+
+// Waiting ends when no backend of the name takes new flows or has any.
+func TestAwaitDrained(t *testing.T) {
+	three, zero := uint32(3), uint32(0)
+	backend := func(state string, flows *uint32) status.Document {
+		return status.Document{Services: []status.Service{{Backends: []status.Backend{
+			{Address: "10.1.0.5:8080", Node: "worker-1", State: state, Flows: flows}, {Address: "10.1.0.50:8080", Node: "worker-2", State: "active"}}}}}
+	}
+	for _, name := range []string{"worker-1", "10.1.0.5", "10.1.0.5:8080"} {
+		documents := []status.Document{backend("active", nil), backend("draining", nil), backend("draining", &three), backend("draining", &three), backend("draining", &zero)}
+		var text strings.Builder
+		err := awaitDrained(&text, name, time.Minute, 0, func() (status.Document, error) {
+			d := documents[0]
+			documents = documents[1:]
+			return d, nil
+		})
+		want := name + ": 1 backends, 1 still take new flows, 0 have not said what they have, 0 flows left\n" +
+			name + ": 1 backends, 0 still take new flows, 1 have not said what they have, 0 flows left\n" +
+			name + ": 1 backends, 0 still take new flows, 0 have not said what they have, 3 flows left\n" +
+			name + ": 1 backends, 0 still take new flows, 0 have not said what they have, 0 flows left\n"
+		if err != nil || text.String() != want || len(documents) > 0 {
+			t.Errorf("%v:\n%s\nwant\n%s", err, text.String(), want)
+		}
+	}
+	err := awaitDrained(&strings.Builder{}, "worker-1", 0, 0, func() (status.Document, error) { return backend("draining", &three), nil })
+	if err == nil || !strings.Contains(err.Error(), "not drained in time") {
+		t.Error(err)
 	}
 }

@@ -56,6 +56,7 @@ type Agent struct {
 	filesChange bool
 	leaving     map[leaving]time.Time // since when backends take no new flows
 	drainBy     time.Time             // when the next one's time is over
+	byHand      map[string]bool       // what is drained by hand
 
 	identity *peer.Identity // nil: nobody is asked, and nobody answered
 	census   *census
@@ -64,7 +65,7 @@ type Agent struct {
 // New returns an agent that has done nothing yet.
 func New(config Config, version string, log *slog.Logger) *Agent {
 	return &Agent{config: config, version: version, log: log, started: time.Now(), trigger: run.NewTrigger(),
-		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true, leaving: map[leaving]time.Time{}}
+		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true, leaving: map[leaving]time.Time{}, byHand: map[string]bool{}}
 }
 
 // Reload makes the agent read its objects again.
@@ -259,7 +260,7 @@ func (a *Agent) open(snapshot lb.Snapshot) error {
 // desired adds to the plan what the kernel's tables say of the way.
 func (a *Agent) desired() (dataplane.Desired, error) {
 	want := dataplane.Desired{NextHops: map[netip.Addr]lb.NextHop{}}
-	want.Plan, a.drainBy = drained(a.plan, a.leaving, time.Now())
+	want.Plan, a.drainBy = drained(withDrains(a.plan, a.byHand), a.leaving, time.Now())
 	a.unresolved = nil
 	tried := map[netip.Addr]bool{}
 	for _, f := range a.plan.Frontends {

@@ -207,7 +207,7 @@ func (a *Agent) watchCensus(ctx context.Context) error {
 		case <-ticker.C:
 		}
 		a.mu.Lock()
-		d, plan, attached := a.dataplane, a.plan, !a.programmed.IsZero()
+		d, plan, attached := a.dataplane, withDrains(a.plan, a.byHand), !a.programmed.IsZero()
 		if !a.drainBy.IsZero() && !time.Now().Before(a.drainBy) {
 			a.drainBy = time.Time{}
 			a.trigger.Fire()

@@ -32,7 +32,7 @@ func (a *Agent) Status() status.Document {
 		d.Attachments = append(d.Attachments, status.Attachment{Interface: at.Interface, Mode: at.Mode})
 	}
 	wanted := map[lb.FrontendID]lb.Frontend{}
-	for _, f := range a.plan.Frontends {
+	for _, f := range withDrains(a.plan, a.byHand).Frontends {
 		wanted[f.ID] = f
 	}
 	for _, f := range state.Frontends {

@@ -97,6 +97,7 @@ func (a *Agent) localAPI() http.Handler {
 	})
 	mux.HandleFunc("POST /v1/trace", a.trace)
 	mux.HandleFunc("POST /v1/simulate", a.simulate)
+	mux.HandleFunc("POST /v1/drain", a.drain)
 	return mux
 }
 

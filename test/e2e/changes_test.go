@@ -289,3 +289,46 @@ func TestChangesBreakAPureHash(t *testing.T) {
 		t.Error("nothing broke without asking")
 	}
 }
+
+// By hand: simulate tells what a change would do, and a backend that is drained
+// keeps what it has, says how much that is, and is done when it has nothing.
+func TestSimulateAndDrain(t *testing.T) {
+	n := changing(t, 2, "")
+	lb, pod := n.LoadBalancers()[0], n.AllPods()[0]
+	run := func(args ...string) string {
+		t.Helper()
+		out, err := lb.Run(binary, append(args, "--socket", lb.Socket())...)
+		must(t, err)
+		return out
+	}
+	must(t, n.SpreadOver(lb))
+	tcp := startTalks(t, n.Client, "tcp", 100)
+	time.Sleep(time.Second)
+	out := run("simulate", n.ObjectsDir())
+	if !strings.Contains(out, "0.0%") || strings.Contains(out, "go, and their flows") {
+		t.Errorf("simulating what is in force:\n%s", out)
+	}
+	run("drain", pod.Address4.String(), "--no-wait")
+	run("drain", pod.Address6.String(), "--no-wait")
+	time.Sleep(7 * time.Second)
+	d, err := lb.Status()
+	must(t, err)
+	owned := uint32(0)
+	for _, s := range d.Services {
+		for _, b := range s.Backends {
+			if b.State == "draining" && s.Protocol == "TCP" && b.Flows != nil {
+				owned += *b.Flows
+			}
+		}
+	}
+	wrong, summary := tcp.stop()
+	if wrong > 0 {
+		t.Error(summary)
+	}
+	if want := uint32(tcp.served[pod.Label]); owned != want || want == 0 {
+		t.Errorf("%d flows left are told, and the Pod had %d", owned, want)
+	}
+	if out := run("drain", pod.Address4.String(), "--timeout", "25s"); !strings.Contains(out, " 0 flows left") {
+		t.Errorf("draining ended with:\n%s", out)
+	}
+}
