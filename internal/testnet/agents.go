@@ -69,6 +69,7 @@ type Service struct {
 	TargetPort uint16
 	Protocol   string // TCP or UDP
 	Mode       string // of its ServicePolicy; "" for none
+	Datagrams  string // the same
 	Pods       []*Pod
 	Draining   []*Pod  // terminating, and still serving
 	Servers    []*Node // servers that hold the VIP, for mode IPIP
@@ -105,8 +106,9 @@ func (n *Network) WriteService(s Service) error {
 	}
 	fmt.Fprintf(&b, "apiVersion: v1\nkind: Service\nmetadata: {name: %s}\nspec:\n  type: LoadBalancer\n  ports: [{port: %d, protocol: %s}]\nstatus: {loadBalancer: {ingress: [%s]}}\n",
 		s.Name, s.Port, s.Protocol, strings.Join(ips, ", "))
-	if s.Mode != "" {
-		fmt.Fprintf(&b, "---\napiVersion: fairlead.dev/v1alpha1\nkind: ServicePolicy\nmetadata: {name: %s}\nspec: {targetRefs: [{name: %s}], mode: %s}\n", s.Name, s.Name, s.Mode)
+	if s.Mode+s.Datagrams != "" {
+		fmt.Fprintf(&b, "---\napiVersion: fairlead.dev/v1alpha1\nkind: ServicePolicy\nmetadata: {name: %s}\nspec: {targetRefs: [{name: %s}], mode: %q, datagrams: %q}\n",
+			s.Name, s.Name, s.Mode, s.Datagrams)
 	}
 	for _, family := range []string{"IPv4", "IPv6"} {
 		fmt.Fprintf(&b, "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: %s-%s\n  labels: {kubernetes.io/service-name: %s}\naddressType: %s\nports: [{port: %d, protocol: %s}]\nendpoints:\n",
