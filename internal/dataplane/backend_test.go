@@ -29,7 +29,7 @@ func newWorker(t testing.TB) *network {
 		c.Lb, c.Backend, c.Tag = 0, 1, testTag
 		c.Node4, c.Node6 = wireAddr(worker4), wireAddr(worker6)
 		c.Mss4, c.Mss6 = mss, mss
-		c.IdleTcpNs, c.IdleUdpNs, c.IdleClosingNs = 1e9, 1e9, 1e9
+		c.IdleTcpNs, c.IdleUdpNs, c.IdleClosingNs = 3600e9, 3600e9, 3600e9
 	})
 	for _, p := range []netip.Prefix{netip.PrefixFrom(node4, 32), netip.PrefixFrom(node6, 128)} {
 		n.put(n.LbNodes, lbNodeKey(p), uint32(0))
