@@ -178,6 +178,9 @@ func (n *Node) StartAgent(binary string) error {
 		n.Name(), n.net.ObjectsDir(), Uplink, key, GenevePort, VNI, n.Socket())
 	file := filepath.Join(n.net.Dir, n.Name())
 	config += fmt.Sprintf("peers: {certificate: %s.crt, key: %s.key, authority: %s}\n", file, file, filepath.Join(n.net.Dir, "ca.crt"))
+	if strings.Contains(n.Extra, "limits:") {
+		config = config[:strings.Index(config, "limits:")] + config[strings.Index(config, "log:"):]
+	}
 	config += n.Extra
 	path := filepath.Join(n.net.Dir, n.Name()+".config")
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {

@@ -5,6 +5,7 @@ package e2e
 import (
 	"bufio"
 	"context"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -19,11 +20,17 @@ import (
 
 const (
 	echoPort  = 7000
-	beat      = 50 * time.Millisecond // between the messages of a conversation
-	stall     = time.Second           // that none may take longer than
+	stall     = time.Second // that none may take longer than
 	giveUp    = 8 * time.Second
 	namesHere = 64
 )
+
+// conversations is how many there are by TCP; by UDP a fifth.
+var conversations = flag.Int("conversations", 300, "how many TCP conversations outlive changes; `go test ./test/e2e -args -conversations=5000`")
+
+// beat is the time between the messages of a conversation: 6,000 are said in a
+// second.
+func beat() time.Duration { return time.Duration(*conversations) * time.Second / 6000 }
 
 // echo answers each message, by TCP and UDP, with the Pod's name before it.
 func echo(t *testing.T, n *testnet.Namespace) {
@@ -91,7 +98,7 @@ func startTalks(t *testing.T, from *testnet.Namespace, protocol string, n int) *
 		w.open++
 		w.running.Go(func() {
 			defer c.Close()
-			time.Sleep(rand.N(beat))
+			time.Sleep(rand.N(beat()))
 			w.talk(ctx, c, protocol)
 		})
 	}
@@ -130,7 +137,7 @@ func (w *talks) talk(ctx context.Context, c net.Conn, protocol string) {
 		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(beat):
+		case <-time.After(beat()):
 		}
 	}
 }
@@ -226,8 +233,8 @@ func churn(t *testing.T, n *testnet.Network, times int, pause time.Duration) {
 // Connections and UDP flows outlive every change of who takes new ones.
 func TestConversationsOutliveChanges(t *testing.T) {
 	n := changing(t, 3, "")
-	tcp := startTalks(t, n.Client, "tcp", 300)
-	udp := startTalks(t, n.Client, "udp", 60)
+	tcp := startTalks(t, n.Client, "tcp", *conversations)
+	udp := startTalks(t, n.Client, "udp", *conversations/5)
 	churn(t, n, 25, 300*time.Millisecond)
 	for protocol, w := range map[string]*talks{"tcp": tcp, "udp": udp} {
 		if wrong, summary := w.stop(); wrong > 0 {
@@ -250,8 +257,8 @@ func TestConversationsOutliveNodes(t *testing.T) {
 			must(t, node.StartAgent(binary))
 		}
 	}
-	tcp := startTalks(t, n.Client, "tcp", 300)
-	udp := startTalks(t, n.Client, "udp", 60)
+	tcp := startTalks(t, n.Client, "tcp", *conversations)
+	udp := startTalks(t, n.Client, "udp", *conversations/5)
 	for _, event := range []func(){
 		func() { must(t, n.SpreadOver(lbs[1:]...)) },        // a node is lost
 		func() { restart(lbs[0]) },                          // and begins anew, with what it sees now
@@ -331,4 +338,39 @@ func TestSimulateAndDrain(t *testing.T) {
 	if out := run("drain", pod.Address4.String(), "--timeout", "25s"); !strings.Contains(out, " 0 flows left") {
 		t.Errorf("draining ended with:\n%s", out)
 	}
+}
+
+// The same with hints for a tenth of the flows alone, and while a stranger
+// sends SYNs from made-up addresses as fast as it can.
+func TestConversationsOutliveAFlood(t *testing.T) {
+	n := changing(t, 3, "limits: {hints: 32, slots: 262144, candidates: 65536, services: 1024, backends: 1024, flows: 65536}\n")
+	tcp := startTalks(t, n.Client, "tcp", *conversations)
+	ctx, stop := context.WithTimeout(context.Background(), 20*time.Second)
+	flooded := make(chan int)
+	go func() { flooded <- flood(ctx, n.Stranger) }()
+	churn(t, n, 12, 400*time.Millisecond)
+	stop()
+	t.Logf("%d SYNs from made-up addresses", <-flooded)
+	if wrong, summary := tcp.stop(); wrong > 0 {
+		t.Error(summary)
+	}
+}
+
+// flood sends SYNs to the VIP until ctx ends, and returns how many.
+func flood(ctx context.Context, from *testnet.Namespace) (sent int) {
+	random := rand.New(rand.NewPCG(9, 10))
+	syn := make([]byte, 20)
+	syn[2], syn[3], syn[12], syn[13] = echoPort>>8, echoPort&0xff, 5<<4, 2
+	for ctx.Err() == nil {
+		var packets [][]byte
+		for range 500 {
+			syn[0], syn[1] = byte(random.Uint32()), byte(random.Uint32())
+			src := netip.AddrFrom4([4]byte{100, 64 + byte(random.IntN(64)), byte(random.Uint32()), byte(random.Uint32())})
+			packets = append(packets, packet4(src, vip4, 6, syn))
+		}
+		if raw(from, packets...) == nil {
+			sent += len(packets)
+		}
+	}
+	return sent
 }
