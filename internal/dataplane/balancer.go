@@ -100,7 +100,7 @@ func (b *balancer) set(plan lb.Plan, hops map[netip.Addr]lb.NextHop, now time.Ti
 	}
 	for id, known := range b.backends {
 		if _, ok := wanted[id]; !ok {
-			store(&b.maps.backends[known.number].Word, backendWord(bpfBackendStateBACKEND_GONE, known.generation, 0))
+			b.maps.store(&b.maps.backends[known.number].Word, backendWord(bpfBackendStateBACKEND_GONE, known.generation, 0))
 		}
 	}
 	for _, id := range sortedBackends(wanted) {
@@ -224,7 +224,7 @@ func (b *balancer) setBackend(want lb.Backend, hops map[netip.Addr]lb.NextHop, n
 		return err
 	}
 	known.hop = next
-	store(&b.maps.backends[known.number].Word, b.wordOf(want, known))
+	b.maps.store(&b.maps.backends[known.number].Word, b.wordOf(want, known))
 	b.dropHop(old, now)
 	return nil
 }
@@ -332,7 +332,7 @@ func (b *balancer) setSlots(known *frontend, want lb.Frontend, now time.Time) er
 	known.table.Suspect(b.suspects(known, want))
 	known.offset, known.bits, known.changed = offset, width, now
 	err := b.writeSlots(known, now)
-	store(&b.maps.serviceWords[known.number], serviceWord(offset, width, want))
+	b.maps.store(&b.maps.serviceWords[known.number], serviceWord(offset, width, want))
 	if width != oldBits && oldBits > 0 {
 		b.runs.give(oldOffset, oldBits, now)
 	}
@@ -393,7 +393,7 @@ func (b *balancer) publish(known *frontend, id lb.FrontendID) error {
 		return nil
 	}
 	word, mask := vipBit(id.VIP)
-	store(&b.maps.vipBits[word], b.maps.vipBits[word]|mask)
+	b.maps.store(&b.maps.vipBits[word], b.maps.vipBits[word]|mask)
 	if err := b.maps.services.Put(vipKey(id.VIP), serviceNone); err != nil {
 		return err
 	}
@@ -430,7 +430,7 @@ func (b *balancer) removeFrontend(id lb.FrontendID, known *frontend, now time.Ti
 		}
 		known.published = false
 	}
-	store(&b.maps.serviceWords[known.number], 0)
+	b.maps.store(&b.maps.serviceWords[known.number], 0)
 	for list := range known.rows {
 		b.dropRow(list, now)
 	}
@@ -447,7 +447,7 @@ func (b *balancer) forgetVIP(vip netip.Addr) {
 	word, mask := vipBit(vip)
 	if b.bits[bitOf(word, mask)]--; b.bits[bitOf(word, mask)] == 0 {
 		delete(b.bits, bitOf(word, mask))
-		store(&b.maps.vipBits[word], b.maps.vipBits[word]&^mask)
+		b.maps.store(&b.maps.vipBits[word], b.maps.vipBits[word]&^mask)
 	}
 }
 

@@ -34,12 +34,18 @@ type contents struct {
 	purge func(f func(bpfPodKey) bool) error
 
 	mapped [][]byte // the memory behind the arrays
+
+	wrote func() // nil but in tests: called after each word that was changed
 }
 
 // store writes a word that packets may be reading at this moment.
-func store(word *uint64, value uint64) {
-	if atomic.LoadUint64(word) != value {
-		atomic.StoreUint64(word, value)
+func (c *contents) store(word *uint64, value uint64) {
+	if atomic.LoadUint64(word) == value {
+		return
+	}
+	atomic.StoreUint64(word, value)
+	if c.wrote != nil {
+		c.wrote()
 	}
 }
 
@@ -48,5 +54,5 @@ func (c *contents) storeBackend(number uint32, row bpfBackend, word uint64) {
 	to := &c.backends[number]
 	row.Word = atomic.LoadUint64(&to.Word)
 	*to = row
-	store(&to.Word, word)
+	c.store(&to.Word, word)
 }

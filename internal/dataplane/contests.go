@@ -37,7 +37,7 @@ func (b *balancer) writeSlots(known *frontend, now time.Time) error {
 			}
 			last = list
 		}
-		store(&run[slot], slotWord(known.table.Owner(uint32(slot)), row))
+		b.maps.store(&run[slot], slotWord(known.table.Owner(uint32(slot)), row))
 	}
 	known.sum = checksum(run)
 	b.keepRows(known, used, now)

@@ -253,3 +253,80 @@ func foreignProgram(tb testing.TB) *ebpf.Program {
 	tb.Cleanup(func() { program.Close() })
 	return program
 }
+
+// crash is what a test's agent dies of.
+type crash struct{}
+
+// Whichever write is the last before a crash: a packet meets whole services
+// alone, of which every slot leads to a backend that was filled in.
+func TestCrashBetweenAnyTwoWrites(t *testing.T) {
+	plans := []Desired{desired(testPlan(3)), desired(testPlan(12)), want0(), desired(testPlan(2))}
+	for last := 1; ; last++ {
+		f, writes := newFake(t), 0
+		dies := func() {
+			if writes++; writes == last {
+				panic(crash{})
+			}
+		}
+		f.maps.wrote = dies
+		f.fails = func() bool { dies(); return false } // before a write to a hash map
+		died := func() (died bool) {
+			defer func() {
+				if p := recover(); p != nil {
+					if _, ours := p.(crash); !ours {
+						panic(p)
+					}
+					died = true
+				}
+			}()
+			for _, want := range plans {
+				must(t, f.set(want))
+			}
+			return false
+		}()
+		f.whole(t)
+		if t.Failed() {
+			t.Fatalf("after write %d", last)
+		}
+		if !died {
+			t.Logf("%d writes", last-1)
+			return
+		}
+	}
+}
+
+// whole fails when a service's key leads to anything half-made.
+func (f *fake) whole(t *testing.T) {
+	t.Helper()
+	services, err := f.maps.services.All()
+	must(t, err)
+	for key, number := range services {
+		word := f.maps.serviceWords[number]
+		if number == serviceNone {
+			continue
+		}
+		if _, ok := services[bpfServiceKey{Vip: key.Vip}]; !ok {
+			t.Errorf("%s has a service and is no VIP", addrOf(key.Vip))
+		}
+		bit, mask := vipBit(addrOf(key.Vip))
+		if f.maps.vipBits[bit]&mask == 0 {
+			t.Errorf("%s has a service and no bit", addrOf(key.Vip))
+		}
+		width := uint32(word>>serviceBitsShift) & 0xff
+		for _, slot := range f.maps.slots[uint32(word) : uint32(word)+slotCount(width)] {
+			named := append([]uint32{uint32(slot)}, f.maps.candidates[slot>>candidatesShift].Number[:]...)
+			for i, backend := range named {
+				row := f.maps.backends[backend]
+				if backend == 0 && i > 0 {
+					break
+				}
+				if row.Address == (bpfAddr{}) || row.Mode == 0 || wordState(row.Word) == bpfBackendStateBACKEND_UNUSED {
+					t.Errorf("a slot of %s leads to backend %d: %+v", addrOf(key.Vip), backend, row)
+				}
+				if hop := uint32(row.Word); hop != 0 && f.maps.nextHops[hop].Ifindex == 0 {
+					t.Errorf("backend %d leads to next hop %d, which is empty", backend, hop)
+				}
+			}
+		}
+	}
+}
