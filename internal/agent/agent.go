@@ -60,12 +60,16 @@ type Agent struct {
 
 	identity *peer.Identity // nil: nobody is asked, and nobody answered
 	census   *census
+
+	// What other LB nodes were told of this one's records, for its task alone.
+	told    map[uint64]netip.AddrPort
+	toldAll time.Time
 }
 
 // New returns an agent that has done nothing yet.
 func New(config Config, version string, log *slog.Logger) *Agent {
 	return &Agent{config: config, version: version, log: log, started: time.Now(), trigger: run.NewTrigger(),
-		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true, leaving: map[leaving]time.Time{}, byHand: map[string]bool{}}
+		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true, leaving: map[leaving]time.Time{}, byHand: map[string]bool{}, told: map[uint64]netip.AddrPort{}}
 }
 
 // Reload makes the agent read its objects again.

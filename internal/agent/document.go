@@ -70,7 +70,7 @@ func counter(c dataplane.Counter) status.Counter {
 
 func (a *Agent) serviceOf(f dataplane.FrontendState, wanted lb.Frontend) status.Service {
 	s := status.Service{Namespace: wanted.Service.Namespace, Name: wanted.Service.Name, PortName: wanted.PortName,
-		VIP: f.ID.VIP.String(), Port: f.ID.Port, Protocol: f.ID.Protocol.String(), Slots: f.Slots, Contested: f.Contested, Counter: counter(f.Counter)}
+		VIP: f.ID.VIP.String(), Port: f.ID.Port, Protocol: f.ID.Protocol.String(), Slots: f.Slots, Contested: f.Contested, ChangedAt: f.Changed, Moved: f.Moved, Counter: counter(f.Counter)}
 	weights, byID := uint32(0), map[lb.BackendID]lb.Backend{}
 	for _, b := range wanted.Backends {
 		byID[b.ID] = b

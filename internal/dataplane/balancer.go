@@ -59,7 +59,8 @@ type frontend struct {
 	rows     map[slots.List]bool // of candidates, that its slots name
 	answered map[lb.BackendID]bool
 	changed  time.Time
-	denials  uint64 // in settled slots, when they were last looked at
+	moved    float64 // share of the flow hashes whose backend changed then
+	denials  uint64  // in settled slots, when they were last looked at
 }
 
 type backend struct {
@@ -325,6 +326,7 @@ func (b *balancer) setSlots(known *frontend, want lb.Frontend, now time.Time) er
 			return err
 		}
 	}
+	known.moved = moved(&known.table, owners)
 	if b.forgetful {
 		known.table = slots.Table{}
 	}
@@ -337,6 +339,21 @@ func (b *balancer) setSlots(known *frontend, want lb.Frontend, now time.Time) er
 		b.runs.give(oldOffset, oldBits, now)
 	}
 	return err
+}
+
+// moved is the share of the flow hashes that others would get than have them.
+func moved(table *slots.Table, owners []uint32) float64 {
+	before, after := uint32(table.Len()), uint32(len(owners))
+	if before == 0 || after == 0 {
+		return 0
+	}
+	steps, n := max(before, after), 0
+	for step := range steps {
+		if table.Owner(at(step, steps, before)) != owners[at(step, steps, after)] {
+			n++
+		}
+	}
+	return float64(n) / float64(steps)
 }
 
 // owners are the numbers of the slots' backends, and of all that are alive.

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -44,6 +45,8 @@ type FrontendState struct {
 	ID            lb.FrontendID
 	Number, Slots uint32
 	Contested     int // slots of which others than their backend may own flows
+	Changed       time.Time
+	Moved         float64 // share of the flow hashes whose backend changed then
 	Counter
 	Backends []BackendState // sorted by target
 }
@@ -106,7 +109,7 @@ func (d *Dataplane) Read() (State, error) {
 }
 
 func (d *Dataplane) frontendState(id lb.FrontendID, f *frontend, services, backends []Counter) FrontendState {
-	state := FrontendState{ID: id, Number: f.number, Contested: f.table.Contested(), Counter: services[f.number]}
+	state := FrontendState{ID: id, Number: f.number, Contested: f.table.Contested(), Changed: f.changed, Moved: f.moved, Counter: services[f.number]}
 	share := map[uint32]uint32{}
 	if f.bits > 0 {
 		state.Slots = 1 << f.bits

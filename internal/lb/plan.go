@@ -28,6 +28,9 @@ type Plan struct {
 	// LBNodes are the sources that a backend's node accepts tunnels from,
 	// sorted by prefix.
 	LBNodes []LBNode
+	// Peers are the other LB nodes, which an LB node tells what it recorded,
+	// sorted by name.
+	Peers []Peer
 }
 
 // FrontendID is where clients connect.
@@ -124,6 +127,12 @@ type Pod struct {
 type LBNode struct {
 	Prefix netip.Prefix
 	Node   string
+}
+
+// Peer is another LB node's agent.
+type Peer struct {
+	Node    string
+	Address netip.Addr // its tunnel address, of a family that this node has too
 }
 
 // NextHop is how the first packet toward an address leaves this node.

@@ -14,33 +14,63 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
 	"crypto/tls"
 )
 
-const path = "/v1/census"
+const (
+	censusPath  = "/v1/census"
+	recordsPath = "/v1/records"
+)
 
-// Source answers questions about this node's flows, in their order.
-type Source func(questions []Question) ([][]Answer, error)
+// Node is what is asked of this one, and told to it.
+type Node interface {
+	// MayAsk says whether a node may do either.
+	MayAsk(node string) bool
+	// Census answers questions about this node's flows, in their order.
+	Census(questions []Question) ([][]Answer, error)
+	// Record takes in what another LB node recorded.
+	Record(records []Record) error
+}
 
 // Serve answers on a listener until ctx ends.
-func Serve(ctx context.Context, listener net.Listener, identity *Identity, mayAsk func(node string) bool, source Source) error {
+func Serve(ctx context.Context, listener net.Listener, identity *Identity, node Node) error {
 	mux := http.NewServeMux()
-	mux.Handle("POST "+path, handler(source))
+	mux.Handle("POST "+censusPath, census(node))
+	mux.Handle("POST "+recordsPath, records(node))
 	server := &http.Server{Handler: mux, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10}
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
-	err := server.Serve(tls.NewListener(listener, identity.server(mayAsk)))
+	err := server.Serve(tls.NewListener(listener, identity.server(node.MayAsk)))
 	if ctx.Err() != nil || errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}
 	return fmt.Errorf("answer peers on %s: %w", listener.Addr(), err)
 }
 
-// handler answers a census. Who has the same answer already is told so.
-func handler(source Source) http.Handler {
+// records takes in what was recorded.
+func records(node Node) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var told []Record
+		err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&told)
+		if err == nil && len(told) > MaxRecords {
+			err = fmt.Errorf("%d records in one request, %d are the most", len(told), MaxRecords)
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		if err := node.Record(told); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		}
+	})
+}
+
+// census answers questions. Who has the same answer already is told so.
+func census(node Node) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var questions []Question
 		decoder := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
@@ -53,7 +83,7 @@ func handler(source Source) http.Handler {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		answers, err := source(questions)
+		answers, err := node.Census(questions)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
@@ -135,7 +165,7 @@ func (n *node) ask(ctx context.Context, at netip.AddrPort, questions []Question)
 	if err != nil {
 		return nil, err
 	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+at.String()+path, bytes.NewReader(body))
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+at.String()+censusPath, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
@@ -161,4 +191,29 @@ func (n *node) ask(ctx context.Context, at netip.AddrPort, questions []Question)
 		n.asked, n.tag, n.answer = string(body), response.Header.Get("ETag"), text
 	}
 	return answers, err
+}
+
+// Tell tells the agent of an LB node, which is at an address, what this one
+// recorded.
+func (c *Client) Tell(ctx context.Context, name string, at netip.AddrPort, told []Record) error {
+	for batch := range slices.Chunk(told, MaxRecords) {
+		body, err := json.Marshal(batch)
+		if err != nil {
+			return fmt.Errorf("tell node %s what was recorded: %w", name, err)
+		}
+		request, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+at.String()+recordsPath, bytes.NewReader(body))
+		if err != nil {
+			return fmt.Errorf("tell node %s what was recorded: %w", name, err)
+		}
+		response, err := c.node(name).http.Do(request)
+		if err != nil {
+			return fmt.Errorf("tell node %s at %s what was recorded: %w", name, at, err)
+		}
+		text, _ := io.ReadAll(io.LimitReader(response.Body, 200))
+		response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			return fmt.Errorf("tell node %s at %s what was recorded: %s: %s", name, at, response.Status, bytes.TrimSpace(text))
+		}
+	}
+	return nil
 }

@@ -22,6 +22,7 @@ const (
 	maxTargets   = 100_000
 	maxBody      = 8 << 20
 	maxAnswer    = 64 << 20
+	MaxRecords   = 20_000
 )
 
 // Question is about one frontend: which of its slots these targets, of the node
@@ -38,6 +39,13 @@ type Question struct {
 type Answer struct {
 	Flows uint32
 	Owns  []uint64
+}
+
+// Record is a flow, by its hash, that an LB node gave to a backend while the
+// slot was contested and nobody could be asked.
+type Record struct {
+	Hash   uint64         `json:"hash"`
+	Target netip.AddrPort `json:"target"`
 }
 
 // check refuses what would cost too much to answer.

@@ -47,15 +47,30 @@ func identities(t *testing.T, nodes ...string) map[string]*Identity {
 	return all
 }
 
-// serve answers with source as a node, and returns where.
-func serve(t *testing.T, identity *Identity, source Source) netip.AddrPort {
+// source is a node that answers a census, and remembers what it is told.
+type source struct {
+	answer func([]Question) ([][]Answer, error)
+	told   chan []Record
+}
+
+func (s source) MayAsk(node string) bool                         { return strings.HasPrefix(node, "lb-") }
+func (s source) Census(questions []Question) ([][]Answer, error) { return s.answer(questions) }
+func (s source) Record(records []Record) error                   { s.told <- records; return nil }
+
+// serve answers as a node, and returns where.
+func serve(t *testing.T, identity *Identity, answer func([]Question) ([][]Answer, error)) netip.AddrPort {
+	t.Helper()
+	return serveNode(t, identity, source{answer, make(chan []Record, 8)})
+}
+
+func serveNode(t *testing.T, identity *Identity, node Node) netip.AddrPort {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
 	go func() {
-		done <- Serve(ctx, listener, identity, func(node string) bool { return strings.HasPrefix(node, "lb-") }, source)
+		done <- Serve(ctx, listener, identity, node)
 	}()
 	t.Cleanup(func() {
 		cancel()
@@ -176,4 +191,21 @@ func FuzzDecode(f *testing.F) {
 			t.Errorf("%d words", len(answers[0][0].Owns))
 		}
 	})
+}
+
+func TestTell(t *testing.T) {
+	ids := identities(t, "lb-1", "lb-2", "worker-1")
+	node := source{told: make(chan []Record, 8)}
+	at := serveNode(t, ids["lb-2"], node)
+	records := make([]Record, MaxRecords+1)
+	for i := range records {
+		records[i] = Record{uint64(i) << 40, question.Targets[0]}
+	}
+	must(t, NewClient(ids["lb-1"]).Tell(t.Context(), "lb-2", at, records))
+	if got := append(<-node.told, <-node.told...); !reflect.DeepEqual(got, records) {
+		t.Errorf("%d records arrived, or others", len(got))
+	}
+	if err := NewClient(ids["worker-1"]).Tell(t.Context(), "lb-2", at, records[:1]); err == nil {
+		t.Error("a worker was believed")
+	}
 }

@@ -37,6 +37,9 @@ func Format(p lb.Plan) string {
 	for _, pod := range p.Pods {
 		fmt.Fprintf(&b, "pod %s/%s serves %v\n", pod.Target, pod.Protocol, pod.Serves)
 	}
+	for _, n := range p.Peers {
+		fmt.Fprintf(&b, "peer %s %s\n", n.Node, n.Address)
+	}
 	for _, n := range p.LBNodes {
 		fmt.Fprintf(&b, "lb-node %s %s\n", n.Prefix, n.Node)
 	}

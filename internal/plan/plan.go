@@ -44,6 +44,9 @@ func ForNode(s lb.Snapshot, node string) (lb.Plan, []lb.Finding) {
 		p.service(&plan, &s.Services[i])
 	}
 	slices.SortFunc(plan.Frontends, func(a, b lb.Frontend) int { return a.ID.Compare(b.ID) })
+	if self.LoadBalancer {
+		plan.Peers = peers(s.Nodes, self)
+	}
 	if self.Backend {
 		plan.Pods = p.pods(s.Services)
 		plan.LBNodes = lbNodes(s.Nodes)
@@ -227,6 +230,25 @@ func (p *planner) serve(found map[podKey]*lb.Pod, s *lb.Service, vip netip.Addr,
 	if !slices.Contains(pod.Serves, front) {
 		pod.Serves = append(pod.Serves, front)
 	}
+}
+
+// peers are the other LB nodes that can be reached.
+func peers(nodes []lb.Node, self *lb.Node) []lb.Peer {
+	var all []lb.Peer
+	for i := range nodes {
+		n := &nodes[i]
+		if !n.LoadBalancer || n.Name == self.Name {
+			continue
+		}
+		for _, own := range self.TunnelAddresses {
+			if a := n.Tunnel(own); a.IsValid() && a.Is4() == own.Is4() {
+				all = append(all, lb.Peer{Node: n.Name, Address: a})
+				break
+			}
+		}
+	}
+	slices.SortFunc(all, func(a, b lb.Peer) int { return cmp.Compare(a.Node, b.Node) })
+	return all
 }
 
 // lbNodes are the sources that tunnels may come from.

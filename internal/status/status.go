@@ -55,6 +55,10 @@ type Service struct {
 	Protocol  string `json:"protocol"`
 	Slots     uint32 `json:"slots"`
 	Contested int    `json:"contested"` // slots of which others than their backend may own flows
+	// When its backends last changed, and the share of the flow hashes that moved
+	// to another one then.
+	ChangedAt time.Time `json:"changedAt,omitzero"`
+	Moved     float64   `json:"moved"`
 	Counter
 	Backends []Backend `json:"backends"`
 }

@@ -60,7 +60,7 @@ func writeServices(t io.Writer, d Document, wide bool) {
 	for _, s := range d.Services {
 		contested := ""
 		if s.Contested > 0 {
-			contested = fmt.Sprintf("%d contested", s.Contested)
+			contested = fmt.Sprintf("%d contested; %s ago %.1f%% moved", s.Contested, age(d.Now, s.ChangedAt), 100*s.Moved)
 		}
 		fmt.Fprintf(t, "%s/%s\t%s/%s\t%d\t%d backends\t%s\t\t%d\t%d\n", s.Namespace, s.Name,
 			net.JoinHostPort(s.VIP, strconv.Itoa(int(s.Port))), s.Protocol, s.Slots, len(s.Backends), contested, s.Packets, s.Connections)

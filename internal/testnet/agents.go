@@ -73,6 +73,7 @@ type Service struct {
 	Pods       []*Pod
 	Draining   []*Pod  // terminating, and still serving
 	Servers    []*Node // servers that hold the VIP, for mode IPIP
+	Leaving    []*Node // the same, terminating
 }
 
 // WriteNodes describes the nodes and the pools.
@@ -116,11 +117,11 @@ func (n *Network) WriteService(s Service) error {
 		for _, address := range s.addresses(family == "IPv4") {
 			fmt.Fprintf(&b, "- addresses: [%q]\n", address)
 		}
-		leaving := Service{Pods: s.Draining}
+		leaving := Service{Pods: s.Draining, Servers: s.Leaving}
 		for _, address := range leaving.addresses(family == "IPv4") {
 			fmt.Fprintf(&b, "- addresses: [%q]\n  conditions: {ready: false, serving: true, terminating: true}\n", address)
 		}
-		if len(s.Pods)+len(s.Draining)+len(s.Servers) == 0 {
+		if len(s.Pods)+len(s.Draining)+len(s.Servers)+len(s.Leaving) == 0 {
 			b.WriteString("[]\n")
 		}
 	}

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"fairlead.dev/fairlead/internal/testnet"
 )
 
@@ -294,6 +296,45 @@ func TestChangesBreakAPureHash(t *testing.T) {
 	t.Log(summary)
 	if wrong == 0 {
 		t.Error("nothing broke without asking")
+	}
+}
+
+// Servers that nobody can be asked about: what began while their slots were
+// contested outlives the LB node that recorded it, since the others were told.
+func TestRecordsOutliveAnLBNode(t *testing.T) {
+	nodes := testnet.DefaultNodes()
+	for i := range nodes {
+		nodes[i].Pods, nodes[i].Agent = 0, nodes[i].LoadBalancer || nodes[i].Backend
+	}
+	n := network(t, nodes, func(n *testnet.Network) {
+		for _, node := range n.Backends() {
+			lo, err := node.Netlink.LinkByName("lo")
+			must(t, err)
+			for _, vip := range both {
+				must(t, node.Netlink.AddrAdd(lo, &netlink.Addr{IPNet: hostNet(vip)}))
+			}
+			echo(t, node.Namespace)
+		}
+	}, func(n *testnet.Network) testnet.Service {
+		return testnet.Service{Name: "held", VIPs: both, Port: echoPort, TargetPort: echoPort, Protocol: "TCP", Mode: "IPIP", Servers: n.Backends()}
+	})
+	lbs, servers := n.LoadBalancers(), n.Backends()
+	must(t, n.SpreadOver(lbs[0]))
+	before := startTalks(t, n.Client, "tcp", 100)
+	must(t, n.WriteService(testnet.Service{Name: "held", VIPs: both, Port: echoPort, TargetPort: echoPort, Protocol: "TCP", Mode: "IPIP",
+		Servers: servers[1:], Leaving: servers[:1]}))
+	time.Sleep(time.Second)
+	since := startTalks(t, n.Client, "tcp", 200) // recorded where their slots are contested
+	time.Sleep(2 * time.Second)
+	must(t, n.SpreadOver(lbs[1], lbs[2])) // the one that recorded them is lost
+	time.Sleep(2 * time.Second)
+	for name, w := range map[string]*talks{"before the change": before, "since": since} {
+		if wrong, summary := w.stop(); wrong > 0 {
+			t.Errorf("%s: %s", name, summary)
+		}
+	}
+	if since.served[servers[0].Name()] > 0 {
+		t.Error("new connections to a server that leaves")
 	}
 }
 
