@@ -128,6 +128,9 @@ func (d *Dataplane) Set(_ context.Context, want Desired) error {
 	if err := d.prepare(want); err != nil {
 		return err
 	}
+	if err := d.loaded.pinMaps(d.config.PinDir); err != nil {
+		return err
+	}
 	return d.hooks.set(d.loaded, want)
 }
 

@@ -115,7 +115,7 @@ func describeProgram(id ebpf.ProgramID) string {
 func (h *hooks) known(pin string, ifindex uint32) (link.Link, error) {
 	if l, ok := h.links[pin]; ok {
 		if linkIndex(l) == ifindex {
-			return l, nil
+			return l, h.repin(l, pin)
 		}
 		l.Close()
 		delete(h.links, pin)
@@ -136,6 +136,23 @@ func (h *hooks) known(pin string, ifindex uint32) (link.Link, error) {
 		return nil, fmt.Errorf("remove the stale pin %s: %w", path, err)
 	}
 	return nil, nil
+}
+
+// repin puts back a pin that somebody removed: without it, what is attached
+// would end with this process.
+func (h *hooks) repin(l link.Link, pin string) error {
+	path := filepath.Join(h.config.PinDir, pin)
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := l.Unpin(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("forget the pin %s that was removed: %w", path, err)
+	}
+	if err := errors.Join(os.MkdirAll(h.config.PinDir, 0o700), l.Pin(path)); err != nil {
+		return fmt.Errorf("put back the pin %s that was removed: %w", path, err)
+	}
+	h.config.Log.Warn("a pin was removed by somebody, and is back", "pin", path)
+	return nil
 }
 
 // linkIndex is the device that a link is on; 0 when it has gone.

@@ -98,6 +98,11 @@ func (o *objects) pinMaps(dir string) error {
 		if _, err := os.Stat(path); err == nil {
 			continue
 		}
+		if m.IsPinned() { // somebody removed the pin
+			if err := m.Unpin(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("forget the pin %s that was removed: %w", path, err)
+			}
+		}
 		if err := m.Pin(path); err != nil {
 			return fmt.Errorf("pin map %s: %w", path, err)
 		}

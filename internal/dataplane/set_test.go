@@ -415,3 +415,30 @@ func TestSimulate(t *testing.T) {
 		t.Errorf("simulating changed the maps:\n%s", got)
 	}
 }
+
+// Pins that somebody removed are put back, so that what is attached outlives
+// the agent again.
+func TestRemovedPinsComeBack(t *testing.T) {
+	vethNamespace(t)
+	dir := pinDir(t)
+	d := openTest(t, dir, smallLimits)
+	want := desired(testPlan(2))
+	must(t, d.Set(context.Background(), want))
+	before, err := os.ReadDir(dir)
+	must(t, err)
+	for _, pin := range before {
+		must(t, os.Remove(filepath.Join(dir, pin.Name())))
+	}
+	must(t, d.Set(context.Background(), want))
+	after, err := os.ReadDir(dir)
+	must(t, err)
+	if len(before) < 5 || fmt.Sprint(before) != fmt.Sprint(after) {
+		t.Errorf("the pins were %v, and are %v", before, after)
+	}
+	must(t, d.Close())
+	device, err := netlink.LinkByName("eth0")
+	must(t, err)
+	if device.Attrs().Xdp == nil || !device.Attrs().Xdp.Attached {
+		t.Error("nothing forwards after Close")
+	}
+}

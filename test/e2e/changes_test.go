@@ -10,6 +10,8 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -335,6 +337,56 @@ func TestRecordsOutliveAnLBNode(t *testing.T) {
 	}
 	if since.served[servers[0].Name()] > 0 {
 		t.Error("new connections to a server that leaves")
+	}
+}
+
+// Agents that crash again and again, start with objects that are bad or gone,
+// or lose their pins: forwarding goes on, and in the end each hook has one
+// program.
+func TestConversationsOutliveBadStarts(t *testing.T) {
+	n := changing(t, 2, "")
+	tcp := startTalks(t, n.Client, "tcp", 200)
+	random := rand.New(rand.NewPCG(11, 12))
+	for range 8 {
+		for _, node := range n.Nodes {
+			node.AgentProcess().Kill()
+			must(t, node.StartAgent(binary))
+		}
+		time.Sleep(time.Duration(random.IntN(300)) * time.Millisecond)
+	}
+	must(t, n.WaitProgrammed(len(n.AllPods()), 30*time.Second))
+
+	lb := n.LoadBalancers()[0]
+	must(t, n.WriteObjects("bad.yaml", "kind: Sevrice\n"))
+	lb.AgentProcess().Kill()
+	must(t, lb.StartAgent(binary))
+	time.Sleep(time.Second)
+	if d, err := lb.Status(); err != nil || d.Programmed || d.Problem == "" || len(d.Findings) == 0 {
+		t.Errorf("with bad objects: programmed %v, %q, %v, %v", d.Programmed, d.Problem, d.Findings, err)
+	}
+	must(t, os.Remove(filepath.Join(n.ObjectsDir(), "bad.yaml")))
+	must(t, n.WaitProgrammed(len(n.AllPods()), 30*time.Second))
+
+	must(t, os.Rename(n.ObjectsDir(), n.ObjectsDir()+".gone"))
+	lb.AgentProcess().Kill()
+	must(t, lb.StartAgent(binary))
+	time.Sleep(time.Second)
+	must(t, os.Rename(n.ObjectsDir()+".gone", n.ObjectsDir()))
+	must(t, n.WaitProgrammed(len(n.AllPods()), 30*time.Second))
+
+	_, err := lb.Run("sh", "-c", "rm /sys/fs/bpf/fairlead/*")
+	must(t, err)
+	churn(t, n, 2, 500*time.Millisecond)
+	lb.AgentProcess().Kill()
+	time.Sleep(500 * time.Millisecond)
+	must(t, lb.StartAgent(binary))
+	must(t, n.WaitProgrammed(len(n.AllPods()), 30*time.Second))
+	if wrong, summary := tcp.stop(); wrong > 0 {
+		t.Error(summary)
+	}
+	pins, err := lb.Run("sh", "-c", "ls /sys/fs/bpf/fairlead | grep -c ^xdp-")
+	if err != nil || strings.TrimSpace(pins) != "1" {
+		t.Errorf("XDP is attached %q times, %v", pins, err)
 	}
 }
 
