@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"fairlead.dev/fairlead/internal/dataplane"
+	"fairlead.dev/fairlead/internal/lb"
+	"fairlead.dev/fairlead/internal/peer"
+	"fairlead.dev/fairlead/internal/run"
+)
+
+// recordsAgain is how often all records are told again, for nodes that were
+// away.
+const recordsAgain = 10 * time.Second
+
+// peerServer answers LB nodes that ask or tell.
+func (a *Agent) peerServer(identity *peer.Identity) run.Task {
+	return run.Task{Name: "peers", Run: func(ctx context.Context) error {
+		listener, err := net.Listen("tcp", fmt.Sprintf(":%d", a.config.Peers.Port))
+		if err != nil {
+			return fmt.Errorf("peers.port: %w; choose another, the same on all nodes", err)
+		}
+		return peer.Serve(ctx, listener, identity, peerNode{a})
+	}}
+}
+
+// peerNode is the agent as its peers see it.
+type peerNode struct{ agent *Agent }
+
+// MayAsk: the LB nodes of the shard, and nobody else.
+func (p peerNode) MayAsk(node string) bool {
+	p.agent.mu.Lock()
+	defer p.agent.mu.Unlock()
+	return slices.ContainsFunc(p.agent.plan.LBNodes, func(n lb.LBNode) bool { return n.Node == node }) ||
+		slices.ContainsFunc(p.agent.plan.Peers, func(n lb.Peer) bool { return n.Node == node })
+}
+
+func (p peerNode) dataplane() (*dataplane.Dataplane, error) {
+	p.agent.mu.Lock()
+	defer p.agent.mu.Unlock()
+	if p.agent.dataplane == nil {
+		return nil, dataplane.ErrNotLoaded
+	}
+	return p.agent.dataplane, nil
+}
+
+// Census answers what this node's Pods own.
+func (p peerNode) Census(questions []peer.Question) ([][]peer.Answer, error) {
+	d, err := p.dataplane()
+	if err != nil {
+		return nil, err
+	}
+	return answerCensus(d, questions)
+}
+
+// Record takes in what another LB node recorded.
+func (p peerNode) Record(records []peer.Record) error {
+	d, err := p.dataplane()
+	if err != nil {
+		return err
+	}
+	noted := make([]dataplane.Record, len(records))
+	for i, r := range records {
+		noted[i] = dataplane.Record{Hash: r.Hash, Target: r.Target}
+	}
+	return d.Record(noted)
+}
+
+// tellRecords tells the other LB nodes what was recorded since they were told
+// last; everything again every so often, for nodes that were away.
+func (a *Agent) tellRecords(ctx context.Context, d *dataplane.Dataplane, plan lb.Plan) {
+	if len(plan.Peers) == 0 || !d.Recording() {
+		clear(a.told)
+		return
+	}
+	if time.Since(a.toldAll) >= recordsAgain {
+		clear(a.told)
+		a.toldAll = time.Now()
+	}
+	records, err := d.Records()
+	if err != nil {
+		a.log.Error("read what was recorded", "error", err)
+		return
+	}
+	var fresh []peer.Record
+	for _, r := range records {
+		if a.told[r.Hash] != r.Target {
+			a.told[r.Hash] = r.Target
+			fresh = append(fresh, peer.Record{Hash: r.Hash, Target: r.Target})
+		}
+	}
+	if len(fresh) == 0 {
+		return
+	}
+	run.Each(len(plan.Peers), censusParallel, func(i int) {
+		ctx, cancel := context.WithTimeout(ctx, censusPatience)
+		defer cancel()
+		other := plan.Peers[i]
+		if err := a.census.client.Tell(ctx, other.Node, netip.AddrPortFrom(other.Address, a.config.Peers.Port), fresh); err != nil {
+			a.log.Debug("another LB node was not told", "error", err) // it is told again
+		}
+	})
+}
