@@ -32,6 +32,7 @@ const (
 	censusDraining = 5 * time.Second                                          // to tell how many connections are left
 	censusStart    = 10 * time.Second                                         // that a node which starts waits at most
 	censusPatience = 2 * time.Second                                          // with one node
+	censusExpire   = 5 * time.Second                                          // contests that nobody can be asked about are looked at so often
 	censusParallel = 16                                                       // nodes asked at a time
 )
 
@@ -199,6 +200,7 @@ func answerCensus(d *dataplane.Dataplane, questions []peer.Question) ([][]peer.A
 func (a *Agent) watchCensus(ctx context.Context) error {
 	ticker := time.NewTicker(censusTick)
 	defer ticker.Stop()
+	var expired time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -219,15 +221,17 @@ func (a *Agent) watchCensus(ctx context.Context) error {
 			a.takeCensus(ctx, d, plan)
 			a.tellRecords(ctx, d, plan)
 		}
-		if err := d.Expire(); err != nil {
-			a.log.Error("end contests", "error", err)
+		if time.Since(expired) >= censusExpire {
+			expired = time.Now()
+			if err := d.Expire(); err != nil {
+				a.log.Error("end contests", "error", err)
+			}
 		}
 	}
 }
 
-// takeCensus takes a census of the frontends that are due, and returns how many
-// still have backends that have never answered.
-func (a *Agent) takeCensus(ctx context.Context, d *dataplane.Dataplane, plan lb.Plan) (unknown int) {
+// takeCensus takes a census of the frontends that are due.
+func (a *Agent) takeCensus(ctx context.Context, d *dataplane.Dataplane, plan lb.Plan) {
 	now, sizes, draining := time.Now(), map[lb.FrontendID]int{}, map[lb.FrontendID]bool{}
 	for _, f := range plan.Frontends {
 		draining[f.ID] = slices.ContainsFunc(f.Backends, func(b lb.Backend) bool { return b.State != lb.Active })
@@ -239,18 +243,37 @@ func (a *Agent) takeCensus(ctx context.Context, d *dataplane.Dataplane, plan lb.
 		}
 	}
 	if len(sizes) == 0 {
-		return 0
+		return
 	}
+	a.census.forget(plan)
 	answers := a.census.take(ctx, d, a.census.inquiries(plan, sizes), a.log)
 	if err := d.Census(answers); err != nil {
 		a.log.Error("take in the census", "error", err)
 	}
-	for _, contest := range d.Contests() {
-		if contest.Unknown {
-			unknown++
+}
+
+// forget drops what is known of nodes and backends that are not there any more.
+func (c *census) forget(plan lb.Plan) {
+	nodes := map[string]bool{}
+	for _, p := range plan.Peers {
+		nodes[p.Node] = true
+	}
+	kept := map[lb.FrontendID]map[lb.BackendID]uint32{}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, f := range plan.Frontends {
+		kept[f.ID] = map[lb.BackendID]uint32{}
+		for _, b := range f.Backends {
+			nodes[b.Node] = true
+			if flows, ok := c.flows[f.ID][b.ID]; ok {
+				kept[f.ID][b.ID] = flows
+			}
 		}
 	}
-	return unknown
+	c.flows = kept
+	maps.DeleteFunc(c.last, func(id lb.FrontendID, _ time.Time) bool { return kept[id] == nil })
+	maps.DeleteFunc(c.failed, func(node string, _ error) bool { return !nodes[node] })
+	c.client.Keep(nodes)
 }
 
 // firstCensus asks until all backends' nodes have answered or time is up, so
@@ -259,7 +282,13 @@ func (a *Agent) firstCensus(ctx context.Context, d *dataplane.Dataplane, plan lb
 	deadline := time.Now().Add(censusStart)
 	for ctx.Err() == nil {
 		clear(a.census.last)
-		unknown := a.takeCensus(ctx, d, plan)
+		a.takeCensus(ctx, d, plan)
+		unknown := 0
+		for _, contest := range d.Contests() {
+			if contest.Unknown {
+				unknown++
+			}
+		}
 		if unknown == 0 {
 			return
 		}

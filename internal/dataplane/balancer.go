@@ -58,6 +58,7 @@ type frontend struct {
 	table    slots.Table
 	rows     map[slots.List]bool // of candidates, that its slots name
 	answered map[lb.BackendID]bool
+	unknown  bool // a backend has never answered
 	changed  time.Time
 	moved    float64 // share of the flow hashes whose backend changed then
 	denials  uint64  // in settled slots, when they were last looked at
@@ -331,7 +332,7 @@ func (b *balancer) setSlots(known *frontend, want lb.Frontend, now time.Time) er
 		known.table = slots.Table{}
 	}
 	known.table.Change(owners, func(number uint32) bool { return number != 0 && !alive[number] }, now)
-	known.table.Suspect(b.suspects(known, want))
+	b.suspect(known, want)
 	known.offset, known.bits, known.changed = offset, width, now
 	err := b.writeSlots(known, now)
 	b.maps.store(&b.maps.serviceWords[known.number], serviceWord(offset, width, want))

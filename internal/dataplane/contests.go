@@ -106,6 +106,13 @@ func (b *balancer) suspects(known *frontend, want lb.Frontend) []uint32 {
 	return all
 }
 
+// suspect makes them candidates everywhere.
+func (b *balancer) suspect(known *frontend, want lb.Frontend) {
+	suspects := b.suspects(known, want)
+	known.unknown = len(suspects) > 0
+	known.table.Suspect(suspects)
+}
+
 // Answers are what backends' nodes said about the backends of a frontend.
 type Answers map[lb.FrontendID]map[lb.BackendID]slots.Answer
 
@@ -136,7 +143,7 @@ func (b *balancer) census(answers Answers, now time.Time) error {
 		if !b.forgetful {
 			known.table.Census(byNumber)
 		}
-		known.table.Suspect(b.suspects(known, known.applied))
+		b.suspect(known, known.applied)
 		if err := b.writeSlots(known, now); err != nil {
 			return fmt.Errorf("program %s of Service %s: %w", id, known.applied.Service, err)
 		}
@@ -166,15 +173,14 @@ func (d *Dataplane) Expire() error {
 
 func (b *balancer) expire(timeouts lb.Timeouts, now time.Time) error {
 	for id, known := range b.frontends {
-		if known.table.Contested() == 0 {
-			continue
+		if b.suspicious && known.applied.Mode != lb.ModeIPIP || known.table.Contested() == 0 {
+			continue // the census ends its contests, or there are none
 		}
 		idle := timeouts.TCP
 		if id.Protocol == lb.UDP {
 			idle = timeouts.UDP
 		}
-		asked := b.suspicious && known.applied.Mode != lb.ModeIPIP
-		known.table.Expire(func(uint32) bool { return asked }, idle, now)
+		known.table.Expire(idle, now)
 		if err := b.writeSlots(known, now); err != nil {
 			return err
 		}
@@ -203,7 +209,7 @@ func (d *Dataplane) Contests() []Contest {
 	for id, known := range d.balancer.frontends {
 		denials := atomic.LoadUint64(&d.maps.denials[known.number])
 		all = append(all, Contest{ID: id, Slots: known.table.Len(), Contested: known.table.Contested(), Changed: known.changed, Denied: denials != known.denials,
-			Unknown: len(d.balancer.suspects(known, known.applied)) > 0})
+			Unknown: known.unknown})
 		known.denials = denials
 	}
 	return all

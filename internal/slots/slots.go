@@ -252,13 +252,12 @@ func (t *Table) claim(slot uint32, b Backend, answers map[Backend]Answer) {
 	t.keep(slot, c)
 }
 
-// Expire ends the contests for candidates that nobody can be asked about, once
-// their slot has not changed for so long that none of its flows can be alive.
-func (t *Table) Expire(asked func(Backend) bool, idle time.Duration, now time.Time) {
+// Expire ends the contests of slots that have not changed for so long that no
+// flow of before can be alive: where nobody can be asked.
+func (t *Table) Expire(idle time.Duration, now time.Time) {
 	for slot, c := range t.contested {
 		if now.Sub(c.changed) >= idle {
-			c.candidates.drop(func(b Backend) bool { return !asked(b) })
-			t.keep(slot, c)
+			delete(t.contested, slot)
 		}
 	}
 }

@@ -135,11 +135,11 @@ func TestExpire(t *testing.T) {
 	x := table(1, 1)
 	x.Change([]Backend{2, 1}, none, at(100))
 	x.Change([]Backend{2, 3}, none, at(200))
-	x.Expire(func(b Backend) bool { return false }, 50*time.Second, at(160))
+	x.Expire(50*time.Second, at(160))
 	expect(t, x, "2", "3 1")
-	x.Expire(func(b Backend) bool { return b == 1 }, 50*time.Second, at(300))
+	x.Expire(50*time.Second, at(249))
 	expect(t, x, "2", "3 1")
-	x.Expire(func(b Backend) bool { return false }, 50*time.Second, at(300))
+	x.Expire(50*time.Second, at(250))
 	expect(t, x, "2", "3")
 }
 
