@@ -32,6 +32,9 @@ const (
 // conversations is how many there are by TCP; by UDP a fifth.
 var conversations = flag.Int("conversations", 300, "how many TCP conversations outlive changes; `go test ./test/e2e -args -conversations=5000`")
 
+// seconds is how long 20 changes a second go on.
+var seconds = flag.Int("seconds", 5, "how long 20 changes a second go on")
+
 // beat is the time between the messages of a conversation: 6,000 are said in a
 // second.
 func beat() time.Duration { return time.Duration(*conversations) * time.Second / 6000 }
@@ -239,12 +242,36 @@ func TestConversationsOutliveChanges(t *testing.T) {
 	n := changing(t, 3, "")
 	tcp := startTalks(t, n.Client, "tcp", *conversations)
 	udp := startTalks(t, n.Client, "udp", *conversations/5)
-	churn(t, n, 25, 300*time.Millisecond)
+	churn(t, n, 10, 300*time.Millisecond)
+	churn(t, n, 20**seconds, 50*time.Millisecond) // 20 changes a second
 	for protocol, w := range map[string]*talks{"tcp": tcp, "udp": udp} {
 		if wrong, summary := w.stop(); wrong > 0 {
 			t.Errorf("%s: %s", protocol, summary)
 		} else {
 			t.Logf("%s: %s", protocol, summary)
+		}
+	}
+}
+
+// From 3 Pods to 30 and back, tables resized each time; those that leave serve
+// what they have.
+func TestConversationsOutliveScaling(t *testing.T) {
+	n := changing(t, 10, "")
+	all := n.AllPods()
+	scale := func(active int) {
+		must(t, n.WriteService(echoes("TCP", all[:active], all[active:])))
+		must(t, n.WriteService(echoes("UDP", all[:active], all[active:])))
+		time.Sleep(2 * time.Second)
+	}
+	scale(3)
+	var talking []*talks
+	for _, active := range []int{30, 3, 30, 3} {
+		talking = append(talking, startTalks(t, n.Client, "tcp", *conversations/4), startTalks(t, n.Client, "udp", *conversations/20))
+		scale(active)
+	}
+	for _, w := range talking {
+		if wrong, summary := w.stop(); wrong > 0 {
+			t.Error(summary)
 		}
 	}
 }
