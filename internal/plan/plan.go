@@ -38,6 +38,7 @@ func ForNode(s lb.Snapshot, node string) (lb.Plan, []lb.Finding) {
 		return lb.Plan{}, []lb.Finding{UnknownNode.At("Node "+node, "metadata.name", "no Node of this name is described")}
 	}
 	p.self = self
+	p.examine(s.Services)
 	plan := lb.Plan{Node: node, LoadBalancer: self.LoadBalancer, Backend: self.Backend,
 		TunnelAddresses: self.TunnelAddresses, IPIPSources: self.IPIPSources}
 	for i := range s.Services {
@@ -57,7 +58,51 @@ func ForNode(s lb.Snapshot, node string) (lb.Plan, []lb.Finding) {
 type planner struct {
 	self     *lb.Node
 	locate   *lb.Locator
+	vips     map[netip.Addr]bool
+	cut      map[podKey]map[netip.AddrPort]bool // VIPs and ports that a Pod's port does not serve
 	findings []lb.Finding
+}
+
+// examine finds what must be known of all services: their VIPs, and Pods' ports
+// that serve too many of them. Every node cuts off the same.
+func (p *planner) examine(services []lb.Service) {
+	p.vips, p.cut = map[netip.Addr]bool{}, map[podKey]map[netip.AddrPort]bool{}
+	served := map[podKey]*lb.Pod{}
+	p.each(services, func(s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) {
+		serve(served, s, vip, port, c)
+	})
+	for i := range services {
+		for _, vip := range services[i].VIPs {
+			p.vips[vip] = true
+		}
+	}
+	for key, pod := range served {
+		if len(pod.Serves) <= servesMax {
+			continue
+		}
+		p.findings = append(p.findings, TooManyServed.At("Service "+pod.Service.String(), "endpoints",
+			"%s serves %d VIPs and ports", pod.Target, len(pod.Serves)))
+		slices.SortFunc(pod.Serves, netip.AddrPort.Compare)
+		p.cut[key] = map[netip.AddrPort]bool{}
+		for _, front := range pod.Serves[servesMax:] {
+			p.cut[key][front] = true
+		}
+	}
+	slices.SortFunc(p.findings, func(a, b lb.Finding) int { return cmp.Compare(a.Problem, b.Problem) })
+}
+
+// each calls f with each endpoint of each VIP and port.
+func (p *planner) each(services []lb.Service, f func(*lb.Service, netip.Addr, lb.ServicePort, candidate)) {
+	for i := range services {
+		s := &services[i]
+		for _, vip := range s.VIPs {
+			for _, port := range s.Ports {
+				for _, c := range candidates(s, vip, port) {
+					f(s, vip, port, c)
+				}
+			}
+		}
+	}
 }
 
 func (p *planner) service(plan *lb.Plan, s *lb.Service) {
@@ -132,6 +177,9 @@ func (p *planner) frontend(s *lb.Service, vip netip.Addr, port lb.ServicePort) l
 		case c.rank == lastResort && anyReady:
 			state = lb.Draining
 		}
+		if p.cut[podKey{c.target, port.Protocol}][netip.AddrPortFrom(vip, port.Port)] {
+			continue
+		}
 		id, problem := p.reach(s, vip, port, c)
 		if problem != "" {
 			p.findings = append(p.findings, Unreachable.At("Service "+s.ID.String(), "endpoints", "%s %s", c.target, problem))
@@ -155,6 +203,12 @@ func (p *planner) frontend(s *lb.Service, vip netip.Addr, port lb.ServicePort) l
 // reach says how this node's packets come to an endpoint.
 func (p *planner) reach(s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) (lb.BackendID, string) {
 	id := lb.BackendID{Target: c.target, UID: c.endpoint.UID, Mode: s.Policy.Mode}
+	if why := lb.Unusable(c.target.Addr()); why != "" {
+		return id, why + ", and no backend"
+	}
+	if p.vips[c.target.Addr()] {
+		return id, "is a VIP, and no backend"
+	}
 	if p.locate.Node(c.endpoint) == p.self && p.self.Backend {
 		id.Mode, id.Local = lb.ModeLocal, c.target
 		if s.Policy.Mode == lb.ModeIPIP {
@@ -185,18 +239,12 @@ type podKey struct {
 // are answered until the endpoint is gone.
 func (p *planner) pods(services []lb.Service) []lb.Pod {
 	found := map[podKey]*lb.Pod{}
-	for i := range services {
-		s := &services[i]
-		for _, vip := range s.VIPs {
-			for _, port := range s.Ports {
-				for _, c := range candidates(s, vip, port) {
-					if p.locate.Node(c.endpoint) == p.self {
-						p.serve(found, s, vip, port, c)
-					}
-				}
-			}
+	p.each(services, func(s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) {
+		cut := p.cut[podKey{c.target, port.Protocol}][netip.AddrPortFrom(vip, port.Port)]
+		if p.locate.Node(c.endpoint) == p.self && !cut && lb.Unusable(c.target.Addr()) == "" && !p.vips[c.target.Addr()] {
+			serve(found, s, vip, port, c)
 		}
-	}
+	})
 	pods := make([]lb.Pod, 0, len(found))
 	for _, pod := range found {
 		pods = append(pods, *pod)
@@ -205,18 +253,12 @@ func (p *planner) pods(services []lb.Service) []lb.Pod {
 		return cmp.Or(a.Target.Compare(b.Target), cmp.Compare(a.Protocol, b.Protocol))
 	})
 	for i := range pods {
-		pod := &pods[i]
-		slices.SortFunc(pod.Serves, netip.AddrPort.Compare)
-		if len(pod.Serves) > servesMax {
-			p.findings = append(p.findings, TooManyServed.At("Service "+pod.Service.String(), "endpoints",
-				"%s serves %d VIPs and ports", pod.Target, len(pod.Serves)))
-			pod.Serves = pod.Serves[:servesMax]
-		}
+		slices.SortFunc(pods[i].Serves, netip.AddrPort.Compare)
 	}
 	return pods
 }
 
-func (p *planner) serve(found map[podKey]*lb.Pod, s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) {
+func serve(found map[podKey]*lb.Pod, s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) {
 	front, target := netip.AddrPortFrom(vip, port.Port), c.target
 	if s.Policy.Mode == lb.ModeIPIP {
 		target = front // the server holds the VIP itself

@@ -145,3 +145,53 @@ func TestTableSize(t *testing.T) {
 		}
 	}
 }
+
+// Of more VIPs and ports than a Pod's port can serve, LB nodes and the worker
+// leave out the same.
+func TestTooManyServed(t *testing.T) {
+	s := lb.Snapshot{Nodes: workers}
+	for i := range 11 {
+		one := service(endpoint(1, true, true, false)).Services[0]
+		one.ID.Name, one.VIPs = string(rune('a'+i)), []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 2, byte(20 - i)})}
+		s.Services = append(s.Services, one)
+	}
+	balances, findings := plan.ForNode(s, "lb")
+	delivers, more := plan.ForNode(s, "w")
+	for _, of := range [][]lb.Finding{findings, more} {
+		if len(of) != 1 || of[0].Code != "FL0403" || !strings.Contains(of[0].Problem, "serves 11") {
+			t.Errorf("findings: %v", of)
+		}
+	}
+	if len(delivers.Pods) != 1 || len(delivers.Pods[0].Serves) != 8 {
+		t.Fatalf("Pods: %+v", delivers.Pods)
+	}
+	for _, f := range balances.Frontends {
+		served := false
+		for _, front := range delivers.Pods[0].Serves {
+			served = served || front.Addr() == f.ID.VIP
+		}
+		if served != (len(f.Backends) == 1) {
+			t.Errorf("%s: served %v, %d backends", f.ID, served, len(f.Backends))
+		}
+	}
+}
+
+// What must not be a backend is none, whoever says that it is.
+func TestUnsafeBackends(t *testing.T) {
+	for _, address := range []string{"127.0.0.1", "169.254.169.254", "224.0.0.1", "192.0.2.1"} {
+		bad := endpoint(1, true, true, false)
+		bad.Address = netip.MustParseAddr(address)
+		for _, node := range []string{"lb", "w"} {
+			s := service(bad, endpoint(2, true, true, false))
+			s.Nodes = []lb.Node{workers[0], workers[1]}
+			s.Nodes[1].Pods = append(s.Nodes[1].Pods, netip.MustParsePrefix("0.0.0.0/0"))
+			p, findings := plan.ForNode(s, node)
+			if node == "lb" && (len(findings) != 1 || len(p.Frontends[0].Backends) != 1) {
+				t.Errorf("%s: %v, %+v", address, findings, p.Frontends[0].Backends)
+			}
+			if node == "w" && len(p.Pods) != 1 {
+				t.Errorf("%s: %+v", address, p.Pods)
+			}
+		}
+	}
+}
