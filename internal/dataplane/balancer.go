@@ -367,10 +367,10 @@ func (b *balancer) owners(known *frontend, want lb.Frontend) ([]uint32, map[uint
 	}
 	active, ids := takers(want)
 	if len(active) == 0 {
-		if len(alive) == 0 || known.bits == 0 {
+		if len(alive) == 0 {
 			return nil, alive
 		}
-		return make([]uint32, 1<<known.bits), alive
+		return make([]uint32, cmp.Or(known.table.Len(), int(want.TableSize))), alive
 	}
 	numbers := make([]uint32, len(ids))
 	for i, id := range ids {

@@ -94,6 +94,9 @@ func slotCount(width uint32) uint32 {
 }
 
 func dumpBackend(c *contents, number uint32) string {
+	if number == 0 {
+		return "nobody for new flows:"
+	}
 	row := c.backends[number]
 	text := fmt.Sprintf("backend %s %s %s", netip.AddrPortFrom(addrOf(row.Address), swap16(row.Port)),
 		modeNames[bpfMode(row.Mode)], stateName(wordState(row.Word)))

@@ -442,3 +442,30 @@ func TestRemovedPinsComeBack(t *testing.T) {
 		t.Error("nothing forwards after Close")
 	}
 }
+
+// When nobody takes new flows, the slots stay for those who have older ones,
+// also for an agent that begins then.
+func TestNobodyTakesNewFlows(t *testing.T) {
+	vethNamespace(t)
+	dir := pinDir(t)
+	want := desired(testPlan(3))
+	first := openTest(t, dir, smallLimits)
+	must(t, first.Set(context.Background(), want))
+	want = desired(testPlan(3))
+	for i := range want.Plan.Frontends[1].Backends {
+		want.Plan.Frontends[1].Backends[i].State = lb.Failing
+	}
+	expect := func(d *Dataplane) {
+		t.Helper()
+		must(t, d.Set(context.Background(), want))
+		must(t, d.Verify(want))
+		if f := d.balancer.frontends[want.Plan.Frontends[1].ID]; f.table.Contested() != f.table.Len() || f.table.Len() == 0 || f.table.Owner(0) != 0 {
+			t.Errorf("%d of %d slots are contested, and backend %d has the first", f.table.Contested(), f.table.Len(), f.table.Owner(0))
+		}
+	}
+	expect(first)
+	must(t, first.Close())
+	second := openTest(t, dir, smallLimits)
+	expect(second)
+	must(t, second.Close())
+}

@@ -259,7 +259,7 @@ func packet4(src, dst netip.Addr, proto byte, payload []byte) []byte {
 
 // geneve is a tunnel packet like an LB node's, but for the tag, which nobody
 // else knows.
-func geneve(target netip.AddrPort, inner []byte) []byte {
+func geneve(verb byte, target netip.AddrPort, inner []byte) []byte {
 	be := bytesof.BigEndian
 	b := be.AppendUint16(nil, 50000)
 	b = be.AppendUint16(b, testnet.GenevePort)
@@ -268,14 +268,14 @@ func geneve(target netip.AddrPort, inner []byte) []byte {
 	b = be.AppendUint16(b, 0x0800)
 	b = be.AppendUint32(b, testnet.VNI<<8)
 	b = be.AppendUint16(b, 0xff4c)
-	b = append(b, 0x81, 36/4, 1, 1, 0x40, 4)
+	b = append(b, 0x81, 36/4, 1, verb, 1, 4)
 	b = be.AppendUint16(b, target.Port())
 	b = append(b, make([]byte, 2+4+4+8+8)...)
 	b = append(b, target.Addr().AsSlice()...)
 	return append(b, inner...)
 }
 
-// Tunnel packets that are well made, in every way that they can be sent: from
+// Orders, questions and bounces that are well made, in every way that they can be sent: from
 // the sender's own address and from an LB node's, as Geneve and as IP in IP.
 func TestForgedTunnels(t *testing.T) {
 	n := network(t, testnet.DefaultNodes(), nil, web)
@@ -295,22 +295,29 @@ func TestForgedTunnels(t *testing.T) {
 		"pod": {foreign.Pods[0].Namespace, foreign.Pods[0].Address4},
 	} {
 		for _, src := range []netip.Addr{from.own, lb.Address4} {
-			if err := raw(from.at, packet4(src, worker.Address4, 17, geneve(target, inner)), packet4(src, worker.Address4, 4, inner),
-				packet4(src, worker.Address4, 41, inner)); err != nil {
+			packets := [][]byte{packet4(src, worker.Address4, 4, inner), packet4(src, worker.Address4, 41, inner)}
+			for verb := range byte(3) { // an order, a question, a bounce
+				packets = append(packets, packet4(src, worker.Address4, 17, geneve(1+verb, target, inner)))
+			}
+			packets = append(packets, packet4(src, lb.Address4, 17, geneve(3, target, inner)))
+			if err := raw(from.at, packets...); err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
 		}
 	}
-	want := map[string]uint64{"tunnel_source": 6, "tunnel_tag": 2, "tunnel_pod": 2}
-	for reason, count := range want {
-		for deadline := time.Now().Add(patience); drops(t, worker, reason) < count; time.Sleep(50 * time.Millisecond) {
+	for _, c := range []struct {
+		at     *testnet.Node
+		reason string
+		count  uint64
+	}{{worker, "tunnel_source", 10}, {worker, "tunnel_tag", 6}, {worker, "tunnel_pod", 2}, {lb, "tunnel_bounce", 2}} {
+		for deadline := time.Now().Add(patience); drops(t, c.at, c.reason) < c.count; time.Sleep(50 * time.Millisecond) {
 			if time.Now().After(deadline) {
-				t.Errorf("%s: %d dropped, want %d", reason, drops(t, worker, reason), count)
+				t.Errorf("%s at %s: %d dropped, want %d", c.reason, c.at.Name(), drops(t, c.at, c.reason), c.count)
 				break
 			}
 		}
 	}
-	if got := drops(t, foreign, "from_pod_tunnel"); got < 3 {
+	if got := drops(t, foreign, "from_pod_tunnel"); got < 6 {
 		t.Errorf("%d of the Pod's tunnel packets were dropped on its node", got)
 	}
 	if after := events(t, n.Backends(), "delivered") + events(t, n.Backends(), "flow_new"); after != before {
