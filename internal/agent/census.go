@@ -33,6 +33,7 @@ const (
 	censusStart    = 10 * time.Second                                         // that a node which starts waits at most
 	censusPatience = 2 * time.Second                                          // with one node
 	censusExpire   = 5 * time.Second                                          // contests that nobody can be asked about are looked at so often
+	inquiryMost    = 2000                                                     // questions in one request
 	censusParallel = 16                                                       // nodes asked at a time
 )
 
@@ -81,41 +82,47 @@ type inquiry struct {
 	backends  [][]lb.BackendID
 }
 
-// inquiries groups by node what there is to ask about frontends.
+// inquiries groups by node what there is to ask about frontends, in pieces that
+// one request can hold.
 func (c *census) inquiries(plan lb.Plan, sizes map[lb.FrontendID]int) []*inquiry {
-	byNode := map[string]*inquiry{}
+	var all []*inquiry
+	open := map[string]*inquiry{}
 	for _, f := range plan.Frontends {
 		size, ok := sizes[f.ID]
 		if !ok || f.Mode == lb.ModeIPIP {
 			continue
 		}
-		width := uint8(min(max(bits.Len(uint(size))-1, peer.MinBits), peer.MaxBits))
-		question := map[string]bool{}
+		asked := map[string]bool{}
 		for _, b := range f.Backends {
 			if b.Node == "" {
 				continue
 			}
-			i := byNode[b.Node]
-			if i == nil {
+			i := open[b.Node]
+			if i == nil || !asked[b.Node] && len(i.questions) >= inquiryMost {
 				i = &inquiry{node: b.Node}
 				if b.ID.Mode != lb.ModeLocal {
 					i.at = netip.AddrPortFrom(b.ID.Tunnel, c.port)
 				}
-				byNode[b.Node] = i
+				open[b.Node], all = i, append(all, i)
 			}
-			if !question[b.Node] {
-				question[b.Node] = true
-				i.questions = append(i.questions, peer.Question{Frontend: netip.AddrPortFrom(f.ID.VIP, f.ID.Port), Protocol: f.ID.Protocol, Bits: width})
-				i.frontends, i.backends = append(i.frontends, f.ID), append(i.backends, nil)
+			if !asked[b.Node] {
+				asked[b.Node] = true
+				i.begin(f, size)
 			}
 			at := len(i.questions) - 1
 			i.questions[at].Targets = append(i.questions[at].Targets, b.ID.Target)
 			i.backends[at] = append(i.backends[at], b.ID)
 		}
 	}
-	all := slices.Collect(maps.Values(byNode))
 	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
 	return all
+}
+
+// begin adds a question about a frontend of so many slots.
+func (i *inquiry) begin(f lb.Frontend, size int) {
+	width := uint8(min(max(bits.Len(uint(size))-1, peer.MinBits), peer.MaxBits))
+	i.questions = append(i.questions, peer.Question{Frontend: netip.AddrPortFrom(f.ID.VIP, f.ID.Port), Protocol: f.ID.Protocol, Bits: width})
+	i.frontends, i.backends = append(i.frontends, f.ID), append(i.backends, nil)
 }
 
 // take asks all nodes, a few at a time, and returns what they said.
