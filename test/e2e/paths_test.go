@@ -175,7 +175,7 @@ func TestOtherTrafficOfAnLBNode(t *testing.T) {
 			}
 		}
 	}
-	requests(t, n, 50, 8)
+	requests(t, n, 150, 8)
 }
 
 // A program of somebody else's is not replaced; the agent says what to do, and
@@ -227,7 +227,7 @@ func TestForeignProgram(t *testing.T) {
 		}
 	}
 	must(t, n.WaitProgrammed(8, 60*time.Second))
-	requests(t, n, 50, 8)
+	requests(t, n, 150, 8)
 }
 
 // raw sends whole IPv4 packets, whoever their source says that they are from.
