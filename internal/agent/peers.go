@@ -20,15 +20,22 @@ import (
 // away.
 const recordsAgain = 10 * time.Second
 
-// peerServer answers LB nodes that ask or tell.
+// peerServer answers LB nodes that ask or tell. A port that is taken stops
+// nothing else: it is tried again.
 func (a *Agent) peerServer(identity *peer.Identity) run.Task {
-	return run.Task{Name: "peers", Run: func(ctx context.Context) error {
+	loop := run.Loop{Trigger: run.NewTrigger(), Backoff: backoff, MaxBackoff: maxBackoff, Work: func(ctx context.Context) error {
 		listener, err := net.Listen("tcp", fmt.Sprintf(":%d", a.config.Peers.Port))
-		if err != nil {
-			return fmt.Errorf("peers.port: %w; choose another, the same on all nodes", err)
+		if err == nil {
+			err = peer.Serve(ctx, listener, identity, peerNode{a})
+		} else {
+			err = fmt.Errorf("peers.port: %w; free it, or choose another, the same on all nodes", err)
 		}
-		return peer.Serve(ctx, listener, identity, peerNode{a})
+		if err != nil && ctx.Err() == nil {
+			a.log.Error("peers are not answered", "error", err)
+		}
+		return err
 	}}
+	return run.Task{Name: "peers", Run: loop.Run}
 }
 
 // peerNode is the agent as its peers see it.
