@@ -11,7 +11,6 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
 	"fairlead.dev/fairlead/internal/demo"
 )
@@ -40,8 +39,7 @@ is not 0 when one does not hold. Nothing outside the namespaces is touched.
 			}
 			ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
-			d := demo.Demo{Out: c.OutOrStdout(), Binary: binary,
-				Live: term.IsTerminal(int(os.Stdout.Fd())) && os.Getenv("NO_COLOR") == ""}
+			d := demo.Demo{Out: c.OutOrStdout(), Binary: binary, Live: onTerminal(c.OutOrStdout())}
 			if slices.Equal(scene, []string{"rollout"}) {
 				return d.Rollout(ctx)
 			}

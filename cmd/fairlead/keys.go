@@ -31,6 +31,11 @@ on every node, DIR/ca.key on none. What exists is kept: run it again with the
 names of new nodes.`,
 		Args: args(cobra.MinimumNArgs(1)),
 		RunE: func(c *cobra.Command, nodes []string) error {
+			for _, node := range nodes {
+				if node == "" || strings.ContainsAny(node, "/\x00") || node[0] == '.' {
+					return usage("%q is not a node's name; nothing was made", node)
+				}
+			}
 			path := filepath.Join(dir, "shard.secret")
 			secret, err := readOrMakeSecret(path)
 			if err != nil {
@@ -42,9 +47,6 @@ names of new nodes.`,
 				return err
 			}
 			for _, node := range nodes {
-				if node == "" || strings.ContainsAny(node, "/\x00") || node[0] == '.' {
-					return usage("%q is not a node's name", node)
-				}
 				tag := secret.Tag(node)
 				path := filepath.Join(dir, "tags", node+".tag")
 				if err := agent.WriteKey(path, hex.EncodeToString(tag[:])); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -73,7 +75,11 @@ func readOrMakeAuthority(dir string) (*peer.Authority, error) {
 		if err != nil {
 			return nil, err
 		}
-		return authority, errors.Join(agent.WriteKey(keyPath, string(key)), agent.WriteKey(certificatePath, string(certificate)))
+		// The key first: a certificate without its key would look whole.
+		if err := agent.WriteKey(keyPath, string(key)); err != nil {
+			return nil, fmt.Errorf("%w; there is no %s of it: put it back, or remove the key to begin anew", err, certificatePath)
+		}
+		return authority, agent.WriteKey(certificatePath, string(certificate))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read the authority's certificate: %w", err)

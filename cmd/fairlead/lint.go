@@ -46,6 +46,9 @@ Exit code 0: nothing found; 1: findings; 2: wrong usage. Codes are stable.`,
 }
 
 func lint(c *cobra.Command, paths []string, output string) error {
+	if output != "text" && output != "json" {
+		return usage("--output %q; use text or json", output)
+	}
 	snapshot, findings := file.Load(paths)
 	if !file.Failed(findings) {
 		seen := map[lb.Finding]bool{}
@@ -59,19 +62,17 @@ func lint(c *cobra.Command, paths []string, output string) error {
 			}
 		}
 	}
-	switch output {
-	case "json":
-		if err := json.NewEncoder(c.OutOrStdout()).Encode(findings); err != nil {
+	if output == "json" {
+		// Never nil: "null" is no list.
+		if err := json.NewEncoder(c.OutOrStdout()).Encode(append([]lb.Finding{}, findings...)); err != nil {
 			return err
 		}
-	case "text":
+	} else {
 		for _, f := range findings {
 			fmt.Fprintln(c.OutOrStdout(), f.Error())
 		}
 		fmt.Fprintf(c.ErrOrStderr(), "%d services, %d nodes, %d pools; %d findings\n",
 			len(snapshot.Services), len(snapshot.Nodes), len(snapshot.Pools), len(findings))
-	default:
-		return usage("--output %q; use text or json", output)
 	}
 	if len(findings) > 0 {
 		return exit{code: exitFailed}

@@ -7,9 +7,12 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 )
 
 // version is set by the linker.
@@ -47,7 +50,7 @@ func execute(root *cobra.Command) int {
 		return 0
 	}
 	if err.Error() != "" {
-		fmt.Fprintln(os.Stderr, "fairlead:", err)
+		fmt.Fprintln(root.ErrOrStderr(), "fairlead:", err)
 	}
 	var with exit
 	if errors.As(err, &with) {
@@ -71,9 +74,14 @@ Start with:
   fairlead check            see whether this machine can run it (root)
   fairlead agent --config FILE
                             run it on a node (root)`,
+		Args:          noSuchCommand,
+		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Version:       version,
+
+		DisableFlagsInUseLine:      true,
+		SuggestionsMinimumDistance: 2,
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usage("%w; see %s --help", err, c.CommandPath())
@@ -90,6 +98,24 @@ func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 		}
 		return nil
 	}
+}
+
+// noSuchCommand refuses what is left when no command has that name.
+func noSuchCommand(root *cobra.Command, given []string) error {
+	if len(given) == 0 {
+		return nil
+	}
+	meant := ""
+	if near := root.SuggestionsFor(given[0]); len(near) > 0 {
+		meant = "; did you mean " + strings.Join(near, " or ") + "?"
+	}
+	return usage("unknown command %q%s; see fairlead --help", given[0], meant)
+}
+
+// onTerminal reports whether escape sequences may be written.
+func onTerminal(w io.Writer) bool {
+	file, ok := w.(*os.File)
+	return ok && term.IsTerminal(int(file.Fd())) && os.Getenv("NO_COLOR") == ""
 }
 
 func needRoot(what string) error {

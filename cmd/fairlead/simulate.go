@@ -25,6 +25,9 @@ whose backend changes, how many living flows that concerns, and how many are
 expected to break, and why. Nothing is changed.`,
 		Args: args(cobra.MinimumNArgs(1)),
 		RunE: func(c *cobra.Command, paths []string) error {
+			if output != "table" && output != "json" {
+				return usage("--output %q; use table or json", output)
+			}
 			var request agent.SimulateRequest
 			for _, path := range paths {
 				absolute, err := filepath.Abs(path)
@@ -46,12 +49,8 @@ expected to break, and why. Nothing is changed.`,
 }
 
 func writeSimulation(w io.Writer, all []agent.Simulation, output string) error {
-	switch output {
-	case "json":
+	if output == "json" {
 		return json.NewEncoder(w).Encode(all)
-	case "table":
-	default:
-		return usage("--output %q; use table or json", output)
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "SERVICE\tADDRESS\tSLOTS\tMOVES\tFLOWS\tCONCERNED\tBREAK\tREASON")

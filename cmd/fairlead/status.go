@@ -6,11 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"os"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 	"sigs.k8s.io/yaml"
 
 	"fairlead.dev/fairlead/internal/status"
@@ -27,7 +25,7 @@ and whether the maps hold what the objects ask for.`,
 		Args: args(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
 			for {
-				if watch && term.IsTerminal(int(os.Stdout.Fd())) && os.Getenv("NO_COLOR") == "" {
+				if watch && onTerminal(c.OutOrStdout()) {
 					fmt.Fprint(c.OutOrStdout(), "\x1b[H\x1b[2J")
 				}
 				if err := printStatus(c.OutOrStdout(), socket, output); err != nil {

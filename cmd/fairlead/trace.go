@@ -35,6 +35,9 @@ nor recorded, nor sent. Packets come from a 5-tuple or from a pcap file.`,
 			return nil
 		}),
 		RunE: func(c *cobra.Command, given []string) error {
+			if output != "text" && output != "json" {
+				return usage("--output %q; use text or json", output)
+			}
 			frames, err := traceFrames(given, flags, pcap)
 			if err != nil {
 				return err
@@ -91,9 +94,6 @@ func traceFrames(given []string, flags, pcap string) ([][]byte, error) {
 func writeTrace(w io.Writer, d status.Document, t dataplane.Trace, output string) error {
 	if output == "json" {
 		return json.NewEncoder(w).Encode(t)
-	}
-	if output != "text" {
-		return usage("--output %q; use text or json", output)
 	}
 	step := func(name, format string, args ...any) {
 		fmt.Fprintf(w, "%-10s %s\n", name, fmt.Sprintf(format, args...))
