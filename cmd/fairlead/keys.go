@@ -75,11 +75,7 @@ func readOrMakeAuthority(dir string) (*peer.Authority, error) {
 		if err != nil {
 			return nil, err
 		}
-		// The key first: a certificate without its key would look whole.
-		if err := agent.WriteKey(keyPath, string(key)); err != nil {
-			return nil, fmt.Errorf("%w; there is no %s of it: put it back, or remove the key to begin anew", err, certificatePath)
-		}
-		return authority, agent.WriteKey(certificatePath, string(certificate))
+		return authority, writePair(keyPath, key, certificatePath, certificate)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read the authority's certificate: %w", err)
@@ -100,10 +96,19 @@ func issue(authority *peer.Authority, node, path string) error {
 	if err != nil {
 		return err
 	}
-	if err := agent.WriteKey(strings.TrimSuffix(path, ".crt")+".key", string(key)); err != nil {
+	return writePair(strings.TrimSuffix(path, ".crt")+".key", key, path, certificate)
+}
+
+// writePair writes a key, then its certificate: never one that is of another key.
+func writePair(keyPath string, key []byte, certificatePath string, certificate []byte) error {
+	err := agent.WriteKey(keyPath, string(key))
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%w, but not its certificate %s; put it back, or remove the key to make both anew", err, certificatePath)
+	}
+	if err != nil {
 		return err
 	}
-	return agent.WriteKey(path, string(certificate))
+	return agent.WriteKey(certificatePath, string(certificate))
 }
 
 func readOrMakeSecret(path string) (flowhash.Secret, error) {

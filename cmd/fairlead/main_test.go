@@ -5,7 +5,6 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -27,16 +26,8 @@ func fairlead(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	root.SetArgs(args)
 	root.SetOut(&out)
 	root.SetErr(&complaints)
-	err := root.Execute()
-	if err == nil {
-		return 0, out.String(), complaints.String()
-	}
-	code = exitFailed
-	var with exit
-	if errors.As(err, &with) {
-		code = with.code
-	}
-	return code, out.String(), complaints.String() + err.Error()
+	code = execute(root)
+	return code, out.String(), complaints.String()
 }
 
 func TestExitCodes(t *testing.T) {
@@ -57,17 +48,25 @@ func TestExitCodes(t *testing.T) {
 		{"lint -o xml ../../examples", exitUsage, "use text or json"},
 		{"lint /nowhere", exitFailed, "/nowhere"},
 		{"lint --codes", 0, "FL0402"},
-		{"nonsense", exitFailed, `unknown command "nonsense"`},
+		{"nonsense", exitUsage, `unknown command "nonsense"; see fairlead --help`},
+		{"statsu", exitUsage, "did you mean status?"},
+		{"agent nonsense", exitUsage, "see fairlead agent --help"},
 		{"lint --nonsense", exitUsage, "see fairlead lint --help"},
 		{"status --socket " + none, exitFailed, "no agent answers on " + none},
 		{"status -o xml --socket " + none, exitUsage, "use table, wide, json or yaml"},
 		{"trace", exitUsage, "give either"},
+		{"trace tcp 192.0.2.1:80", exitUsage, "give either"},
+		{"trace --pcap x tcp 192.0.2.1:80 192.0.2.2:80", exitUsage, "give either"},
+		{"trace tcp 192.0.2.1 192.0.2.2:80", exitUsage, "are not two addresses with ports"},
+		{"trace tcp --flags FIN 192.0.2.1:80 192.0.2.2:80", exitUsage, "use tcp (SYN or ACK) or udp"},
+		{"trace -o xml udp 192.0.2.1:80 192.0.2.2:80", exitUsage, "use text or json"},
 		{"trace tcp 192.0.2.1:80 [::1]:80", exitUsage, "of one family"},
 		{"trace sctp 192.0.2.1:80 192.0.2.2:80", exitUsage, "use tcp"},
 		{"trace --pcap /nowhere", exitFailed, "open the capture"},
 		{"trace --socket " + none + " udp 192.0.2.1:80 192.0.2.2:80", exitFailed, "start one with fairlead agent"},
 		{"simulate", exitUsage, "see fairlead simulate --help"},
 		{"simulate --socket " + none + " x", exitFailed, "no agent answers"},
+		{"simulate -o xml x", exitUsage, "use table or json"},
 		{"drain", exitUsage, "see fairlead drain --help"},
 		{"drain --socket " + none + " worker-1", exitFailed, "no agent answers"},
 		{"agent", exitUsage, "--config is missing"},

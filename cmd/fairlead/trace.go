@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -73,7 +74,11 @@ func traceFrames(given []string, flags, pcap string) ([][]byte, error) {
 			return nil, fmt.Errorf("open the capture: %w", err)
 		}
 		defer file.Close()
-		return readPcap(file)
+		frames, err := readPcap(file)
+		if err == nil && len(frames) == 0 {
+			err = errors.New("the capture holds no packets")
+		}
+		return frames, err
 	}
 	client, err1 := netip.ParseAddrPort(given[1])
 	vip, err2 := netip.ParseAddrPort(given[2])
