@@ -158,6 +158,8 @@ __noinline int note_answer(struct __sk_buff *skb, struct answer *answer)
 	flow->seen = bpf_ktime_get_coarse_ns();
 	if (!flow_pending(flow) && !(flow->fins & FLOW_ARMED))
 		flow_arm(&key);
+	if (unlikely(flow->affinity) && (!flow_pending(flow) || key.proto == IPPROTO_UDP))
+		affinity_note(&key, &answer->pod, flow->hash);
 	if (key.proto == IPPROTO_UDP)
 		return flow_pending(flow) ? flow_confirm(&key) : DROP_NONE;
 	if (!read_segment(skb, answer, &segment))

@@ -11,7 +11,7 @@
 
 /* A question or an order, as far as it has come. */
 struct ask {
-	__u64 hash;
+	__u64 flow; /* its own hash: the key of what is remembered about it */
 	__u64 service_word;
 	__u64 slot_word;
 	__u32 service;
@@ -43,17 +43,19 @@ static __always_inline __u32 generation_of(__u64 word)
 __noinline int owned_here(struct xdp_md *ctx, const struct packet *packet)
 {
 	struct segment segment = {};
-	struct flow_key key = {};
+	struct flow_key key;
 	struct flow *flow;
 
 	if (!packet)
 		return 0;
-	key.client = packet->src;
-	key.vip = packet->dst;
-	key.client_port = packet->src_port;
-	key.vip_port = packet->dst_port;
-	key.proto = packet->proto;
+	key = flow_key_of(packet);
 	flow = flow_find(&key, bpf_ktime_get_coarse_ns());
+	if ((!flow || flow_closed(flow)) && !(packet->flags & PACKET_ICMP_ERROR) &&
+	    may_follow(packet->proto, packet->flags & PACKET_SYN ? TCP_SYN : 0)) {
+		struct pod_key owner = {.proto = packet->proto};
+
+		return affinity_find(&key, &owner);
+	}
 	if (!flow)
 		return 0;
 	if (packet->proto != IPPROTO_TCP ||
@@ -105,7 +107,7 @@ __noinline __u32 attempted(const struct ask *ask, __u32 attempt)
 	if (!row)
 		return 0;
 	if (attempt == ATTEMPT_HINT)
-		return hinted(&hints, ask->hash);
+		return hinted(&hints, ask->flow);
 	known = bpf_map_lookup_elem(&candidates, &row);
 	at = attempt - ATTEMPT_CANDIDATE;
 	if (!known || at >= CANDIDATES_MAX)
@@ -184,14 +186,15 @@ static __always_inline int unowned(const struct packet *packet, struct ask *ask)
 
 	if (packet->flags & PACKET_ICMP_ERROR)
 		return DROP_ICMP_UNRELATED;
-	if (packet->proto == IPPROTO_TCP && !unowned_long(ask->hash))
+	if (packet->proto == IPPROTO_TCP && !(packet->flags & PACKET_SYN) &&
+	    !unowned_long(ask->flow))
 		return DROP_UNOWNED;
 	drop = order(ask, 0);
 	if (drop)
 		return drop;
 	count_event(EVENT_TAKEN);
 	if (contested(ask->slot_word))
-		write_hint(&hints, ask->hash, ask->number);
+		write_hint(&hints, ask->flow, ask->number);
 	return DROP_NONE;
 }
 
@@ -206,6 +209,9 @@ __noinline __u32 askable(const struct packet *packet, const struct ask *ask, __u
 	number = attempted(ask, attempt);
 	backend = bpf_map_lookup_elem(&backends, &number);
 	if (!number || !backend || !may_own(READ_ONCE(backend->word), packet->proto))
+		return 0;
+	/* A client does not stay for new connections where none are taken. */
+	if (packet->flags & PACKET_SYN && backend_state(READ_ONCE(backend->word)) != BACKEND_ACTIVE)
 		return 0;
 	return backend->mode == MODE_LOCAL && !ask->owned ? 0 : number;
 }
@@ -229,7 +235,7 @@ __noinline int ask_next(const struct packet *packet, struct ask *ask)
 		if (attempt == ATTEMPT_HINT)
 			count_event(EVENT_HINT);
 		if (attempt >= ATTEMPT_CANDIDATE)
-			write_hint(&hints, ask->hash, number);
+			write_hint(&hints, ask->flow, number);
 		return DROP_NONE;
 	}
 	return unowned(packet, ask);
@@ -239,12 +245,12 @@ __noinline int ask_next(const struct packet *packet, struct ask *ask)
  * slot's backend from when the contest began. */
 static __always_inline int order_recorded(const struct packet *packet, struct ask *ask)
 {
-	__u32 number = hinted(&hints, ask->hash);
+	__u32 number = hinted(&hints, ask->flow);
 
 	if (!number) {
-		number = hinted(&syns, ask->hash);
+		number = hinted(&syns, ask->flow);
 		if (number)
-			write_hint(&hints, ask->hash, number);
+			write_hint(&hints, ask->flow, number);
 	}
 	for (__u32 i = ATTEMPTS_MAX; i > ATTEMPT_CANDIDATE && !number; i--)
 		number = askable(packet, ask, i - 1);
@@ -256,18 +262,40 @@ static __always_inline int order_recorded(const struct packet *packet, struct as
 	return DROP_NONE;
 }
 
-/* A packet of a contested slot. Returns 0 or an enum drop. */
-static __always_inline int ask_first(const struct packet *packet, struct ask *ask)
+/* A SYN of such a service with affinity: to whom the client is on record, if
+ * that takes new flows, else to the slot's backend, which is put on record. */
+static __always_inline int order_client(struct ask *ask, __u64 client)
 {
-	__u32 flags = ask->service_word >> SERVICE_FLAGS_SHIFT;
+	__u32 number = hinted(&hints, client);
+	struct backend *backend = bpf_map_lookup_elem(&backends, &number);
 	int drop;
 
-	if (packet->flags & PACKET_SYN) {
-		__u64 hash = ask->hash;
+	if (number && backend && backend_state(READ_ONCE(backend->word)) == BACKEND_ACTIVE) {
+		ask->verb = VERB_DELIVER;
+		ask->attempt = ATTEMPT_ORDER;
+		ask->number = number;
+		return DROP_NONE;
+	}
+	drop = order(ask, 0);
+	if (!drop)
+		write_hint(&hints, client, ask->number);
+	return drop;
+}
 
+/* A packet of a contested slot. Returns 0 or an enum drop. */
+static __always_inline int ask_first(const struct packet *packet, struct ask *ask, __u64 slot_hash)
+{
+	__u32 flags = service_flags(ask->service_word);
+	__u64 hash = ask->flow;
+	int drop;
+
+	if (packet->flags & PACKET_SYN && (flags & SERVICE_ORDERS || !(flags & SERVICE_AFFINITY))) {
 		if (!config.tracing)
 			bpf_map_delete_elem(&hints, &hash);
-		drop = order(ask, 0);
+		if (flags & SERVICE_AFFINITY)
+			drop = order_client(ask, slot_hash);
+		else
+			drop = order(ask, 0);
 		if (!drop && flags & SERVICE_ORDERS)
 			write_hint(&syns, hash, ask->number);
 		return drop;
@@ -283,7 +311,7 @@ static __always_inline int ask_first(const struct packet *packet, struct ask *as
 /* A packet that came back: the next attempt. Returns 0 or an enum drop. */
 static __always_inline int ask_again(const struct packet *packet, struct ask *ask, __u32 denier)
 {
-	__u64 *denied, hash = ask->hash;
+	__u64 *denied, hash = ask->flow;
 	__u32 service = ask->service, skip;
 	struct hint *hint;
 

@@ -12,9 +12,10 @@
 /* A packet that `ask` has found a backend for. Returns an XDP action, or minus
  * the number of a backend on this node: delivering needs stack, so it is for
  * the caller's caller, see deliver_to. */
-static __always_inline int send(struct xdp_md *ctx, struct packet *packet, struct ask *ask)
+static __always_inline int send(struct xdp_md *ctx, struct packet *packet, struct ask *ask,
+				__u64 hash)
 {
-	struct choice choice = {.hash = ask->hash, .service = ask->service, .number = ask->number};
+	struct choice choice = {.hash = hash, .service = ask->service, .number = ask->number};
 
 	choice.backend = bpf_map_lookup_elem(&backends, &choice.number);
 	if (!choice.backend)
@@ -56,11 +57,13 @@ static __always_inline int deliver_to(struct xdp_md *ctx, struct packet *packet,
 	return deliver(ctx, packet, &pod);
 }
 
-static __always_inline int locate(struct ask *ask, __u32 service, __u64 hash)
+static __always_inline int locate(struct ask *ask, const struct packet *packet, __u32 service,
+				  __u64 hash)
 {
 	ask->service = service;
-	ask->hash = hash;
-	return find_slot(service, hash, &ask->service_word, &ask->slot, &ask->slot_word);
+	ask->service_word = read_service(service);
+	ask->flow = service_flags(ask->service_word) & SERVICE_AFFINITY ? whole_hash(packet) : hash;
+	return find_slot(service, hash, ask->service_word, &ask->slot, &ask->slot_word);
 }
 
 /* A packet of a contested slot. Returns what send does. */
@@ -72,10 +75,10 @@ __noinline int contest(struct xdp_md *ctx, struct packet *packet, __u32 service,
 
 	if (!packet)
 		return XDP_DROP;
-	drop = locate(&ask, service, hash);
+	drop = locate(&ask, packet, service, hash);
 	if (!drop)
-		drop = ask_first(packet, &ask);
-	return drop ? xdp_drop(drop) : send(ctx, packet, &ask);
+		drop = ask_first(packet, &ask, hash);
+	return drop ? xdp_drop(drop) : send(ctx, packet, &ask, hash);
 }
 
 /* A packet that was denied: by its backend's node, or by a look-up here. Its
@@ -89,10 +92,10 @@ __noinline int denied(struct xdp_md *ctx, struct packet *packet, __u32 service, 
 
 	if (!packet)
 		return XDP_DROP;
-	drop = locate(&ask, service, hash);
+	drop = locate(&ask, packet, service, hash);
 	if (!drop)
 		drop = ask_again(packet, &ask, denier);
-	return drop ? xdp_drop(drop) : send(ctx, packet, &ask);
+	return drop ? xdp_drop(drop) : send(ctx, packet, &ask, hash);
 }
 
 /* All in one argument: a function has five at most. */
@@ -149,7 +152,7 @@ __noinline int deny(struct xdp_md *ctx)
  * one that the flow could have been sent to. */
 static __always_inline bool may_deny(const struct ask *ask, __u32 denier)
 {
-	if (denier == (__u32)ask->slot_word || hinted(&hints, ask->hash) == denier)
+	if (denier == (__u32)ask->slot_word || hinted(&hints, ask->flow) == denier)
 		return true;
 	for (__u32 i = ATTEMPT_CANDIDATE; i < ATTEMPTS_MAX; i++)
 		if (attempted(ask, i) == denier)
@@ -184,10 +187,9 @@ __noinline __u32 bounced_service(const struct packet *inner, __u64 hash, __u32 d
 	if (!inner)
 		return 0;
 	service = find_service(&inner->dst, inner->dst_port, inner->proto);
-	if (!service || flow_hash(&inner->src, &inner->dst, inner->src_port, inner->dst_port,
-				  inner->proto, inner->family) != hash)
+	if (!service || slot_hash(inner, read_service(*service)) != hash)
 		return 0;
-	if (locate(&ask, *service, hash) || !may_deny(&ask, denier))
+	if (locate(&ask, inner, *service, hash) || !may_deny(&ask, denier))
 		return 0;
 	return *service;
 }

@@ -42,25 +42,55 @@ static __always_inline bool client_segment(struct xdp_md *ctx, const struct pack
 
 /* Neither delivered nor dropped: this node has no such flow, or no such Pod. */
 #define CLAIM_DENIED (-1)
+/* And above that, the packet's TCP flags: it has no flow, and may begin one. */
+#define CLAIM_BEGINS 0x100
 
-/* The named Pod, if it is of this node and serves this VIP. */
-static __noinline int admit(const struct flow_key *key, const struct pod_key *target, __u64 hash,
-			    __u32 tcp_flags)
+/* Whether a packet without a flow begins one that its client's affinity may
+ * decide about. */
+static __always_inline bool may_follow(__u8 proto, __u32 tcp_flags)
 {
-	struct pod *pod;
+	return proto == IPPROTO_UDP || (tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
+}
 
-	if (!key || !target)
-		return DROP_TUNNEL_POD;
-	pod = bpf_map_lookup_elem(&pods, target);
-	if (!pod)
+/* A flow that has no entry: makes one for the Pod that its client has already,
+ * or when this is an order, for the one that was named, if it is of this node
+ * and serves this VIP. In *pod is then the Pod. `call` is the verb, and the
+ * packet's TCP flags above it. Returns 0, CLAIM_DENIED or an enum drop. */
+__noinline int admit(const struct packet *packet, struct pod_key *pod, __u64 hash, __u32 call)
+{
+	bool asked = (call & 0xff) == VERB_ASK, follows;
+	const struct vip_port *serves;
+	struct pod_key target;
+	struct flow_key key;
+	__u32 flags = call >> 8;
+	struct pod *of;
+	__u8 state;
+
+	if (!packet || !pod || (asked && !may_follow(packet->proto, flags)))
+		return CLAIM_DENIED;
+	target = *pod; /* before Linux 6.4, an argument cannot be a map's key */
+	key = flow_key_of(packet);
+	of = bpf_map_lookup_elem(&pods, &target);
+	if (!of)
 		return CLAIM_DENIED; /* not known yet */
-	if (!pod_serves(pod, &key->vip, key->vip_port))
-		return DROP_TUNNEL_VIP;
-	if (flow_conflicts(key, target, pod, bpf_ktime_get_coarse_ns()))
+	serves = pod_serves(of, &key.vip, key.vip_port);
+	if (!serves)
+		return asked ? CLAIM_DENIED : DROP_TUNNEL_VIP;
+	follows = serves->affinity && may_follow(key.proto, flags) && affinity_find(&key, &target);
+	if (asked && !follows)
+		return CLAIM_DENIED;
+	if (follows)
+		of = bpf_map_lookup_elem(&pods, &target);
+	if (!of)
+		return CLAIM_DENIED;
+	if (flow_conflicts(&key, &target, of, bpf_ktime_get_coarse_ns()))
 		return DROP_FLOW_CONFLICT;
+	*pod = target;
+	state = flow_first_state(key.proto, flags);
+	TRACE(flow_state, state);
 	if (config.tracing)
 		return DROP_NONE;
-	return flow_make(key, target, hash, flow_first_state(key->proto, tcp_flags));
+	return flow_make(&key, &target, hash, state, serves->affinity);
 }
 
 /* What the packet tells of the flow that it belongs to. Returns an enum drop. */
@@ -196,45 +226,29 @@ static __noinline bool translate_error(struct xdp_md *ctx, const struct packet *
 	return true;
 }
 
-/*
- * Who on this node gets a packet, in which the flow stands as the client has it
- * (also when it is an ICMP error about it): the Pod that owns the flow, or when
- * it is an order, the one that was named in *pod. Returns 0, CLAIM_DENIED or an
- * enum drop.
- */
-__noinline int claim(struct xdp_md *ctx, const struct packet *packet, struct pod_key *pod,
-		     __u64 hash, __u32 verb)
+/* The Pod that owns a packet's flow, in *pod. Returns 0, CLAIM_DENIED, an enum
+ * drop, or CLAIM_BEGINS and the TCP flags. */
+__noinline int claim_known(struct xdp_md *ctx, const struct packet *packet, struct pod_key *pod,
+			   __u32 verb)
 {
 	__u64 now = bpf_ktime_get_coarse_ns();
 	struct segment segment = {};
-	struct flow_key key = {};
-	struct pod_key target;
+	struct flow_key key;
 	struct flow *flow;
 	bool error;
-	int drop;
 
 	if (!packet || !pod)
 		return DROP_MALFORMED;
 	error = packet->flags & PACKET_ICMP_ERROR;
-	key.client = packet->src;
-	key.vip = packet->dst;
-	key.client_port = packet->src_port;
-	key.vip_port = packet->dst_port;
-	key.proto = packet->proto;
+	key = flow_key_of(packet);
 	if (!error && packet->proto == IPPROTO_TCP && !(packet->flags & PACKET_LATER_FRAGMENT) &&
 	    !client_segment(ctx, packet, &segment))
 		return DROP_MALFORMED;
 	flow = flow_find(&key, now);
 	if (error && (!flow || flow_closed(flow)))
 		return verb == VERB_ASK ? CLAIM_DENIED : DROP_ICMP_UNRELATED;
-	if (!error && begins(flow, &segment, packet->proto)) {
-		if (verb == VERB_ASK)
-			return CLAIM_DENIED;
-		target = *pod; /* before Linux 6.4, an argument cannot be a map's key */
-		drop = admit(&key, &target, hash, segment.flags);
-		TRACE(flow_state, flow_first_state(packet->proto, segment.flags));
-		return drop;
-	}
+	if (!error && begins(flow, &segment, packet->proto))
+		return CLAIM_BEGINS + segment.flags;
 	if (!flow)
 		return DROP_MALFORMED;
 	if (verb == VERB_ASK && packet->proto == IPPROTO_TCP &&
@@ -246,6 +260,22 @@ __noinline int claim(struct xdp_md *ctx, const struct packet *packet, struct pod
 	TRACE(flow_state, flow->state);
 	TRACE_STEP(TRACE_FLOW);
 	return error ? DROP_NONE : note_client(&key, flow, &segment, now);
+}
+
+/*
+ * Who on this node gets a packet, in which the flow stands as the client has it
+ * (also when it is an ICMP error about it): the Pod that owns the flow, or when
+ * it is an order, the one that was named in *pod. Returns 0, CLAIM_DENIED or an
+ * enum drop.
+ */
+static __always_inline int claim(struct xdp_md *ctx, const struct packet *packet,
+				 struct pod_key *pod, __u64 hash, __u8 verb)
+{
+	int drop = claim_known(ctx, packet, pod, verb);
+
+	if (drop < CLAIM_BEGINS)
+		return drop;
+	return admit(packet, pod, hash, (drop - CLAIM_BEGINS) << 8 | verb);
 }
 
 /* Hands a packet to the Pod that it was claimed for. Returns an XDP action. */

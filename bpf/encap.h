@@ -227,9 +227,26 @@ static __always_inline __u32 overhead(const struct packet *packet, const struct 
 {
 	__u32 bytes = outer_v4(backend) ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
 
+	if (unlikely(backend->mode == MODE_L2))
+		return 0;
 	if (backend->mode == MODE_GENEVE)
 		bytes += sizeof(struct geneve_outer) + (packet->family == 4 ? 4 : 16);
 	return bytes;
+}
+
+/* The packet as it is, in a frame to the server, which holds the VIP. */
+static __always_inline int reframe(struct xdp_md *ctx, const struct packet *packet,
+				   const struct next_hop *hop)
+{
+	void *data;
+
+	if (!make_room(ctx, packet, sizeof(struct ethhdr)))
+		return DROP_HEADROOM;
+	data = (void *)(long)ctx->data;
+	if (data + sizeof(struct ethhdr) > (void *)(long)ctx->data_end)
+		return DROP_HEADROOM;
+	outer_eth(data, hop, packet->family == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6));
+	return 0;
 }
 
 static __always_inline int wrap(struct xdp_md *ctx, const struct packet *packet,
@@ -239,6 +256,8 @@ static __always_inline int wrap(struct xdp_md *ctx, const struct packet *packet,
 
 	if (choice->backend->mode == MODE_IPIP)
 		return wrap_ipip(ctx, packet, choice, hop, v4);
+	if (unlikely(choice->backend->mode == MODE_L2))
+		return reframe(ctx, packet, hop);
 	if (packet->family == 4)
 		return wrap_geneve(ctx, packet, choice, hop, v4, 4);
 	return wrap_geneve(ctx, packet, choice, hop, v4, 16);
@@ -271,7 +290,8 @@ __noinline int ask_fib(struct xdp_md *ctx, const struct backend *backend, __u32 
 {
 	struct bpf_fib_lookup fib = {.ifindex = ctx->ingress_ifindex, .tot_len = length};
 
-	if (!backend || !hop)
+	/* To a gateway, a packet that is not wrapped would come back. */
+	if (!backend || !hop || backend->mode == MODE_L2)
 		return DROP_NO_NEXT_HOP;
 	if (is_v4(&backend->tunnel)) {
 		fib.family = 2; /* AF_INET */

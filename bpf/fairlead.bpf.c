@@ -4,6 +4,7 @@
 #include "answer.h"
 #include "encap.h"
 #include "fragment.h"
+#include "gate.h"
 #include "select.h"
 #include "tunnel.h"
 
@@ -87,9 +88,11 @@ static __always_inline int balance(struct xdp_md *ctx, struct packet *packet)
 	if (unlikely(!service))
 		return no_service(packet);
 	choice.service = *service;
-	choice.hash = flow_hash(&packet->src, &packet->dst, packet->src_port, packet->dst_port,
-				packet->proto, packet->family);
-	err = find_slot(choice.service, choice.hash, &service_word, &slot, &word);
+	service_word = read_service(choice.service);
+	choice.hash = slot_hash(packet, service_word);
+	err = find_slot(choice.service, choice.hash, service_word, &slot, &word);
+	if (unlikely(service_flags(service_word) & SERVICE_GATED) && !err)
+		err = gate(packet, choice.service, service_flags(service_word));
 	if (unlikely(!err && contested(word)))
 		return deliver_to(ctx, packet,
 				  contest(ctx, packet, choice.service, choice.hash,
@@ -138,6 +141,7 @@ int fairlead_pod(struct __sk_buff *skb)
 /* Go's types are made from this object's BTF, which has only what is named. */
 const struct named {
 	enum service_flag service_flag;
+	enum rate_kind rate_kind;
 	enum mode mode;
 	enum backend_state backend_state;
 	enum flow_state flow_state;

@@ -47,7 +47,59 @@ struct service_key {
 
 enum service_flag {
 	SERVICE_INDEPENDENT = 1 << 0, /* datagrams are never questions */
-	SERVICE_ORDERS = 1 << 1,      /* mode ipip: there is nobody to ask */
+	SERVICE_ORDERS = 1 << 1,      /* modes ipip and l2: there is nobody to ask */
+	SERVICE_RANGES = 1 << 3,      /* only clients in source_ranges */
+	SERVICE_LIMITS = 1 << 4,      /* see service_limits */
+	SERVICE_AFFINITY = 1 << 5,    /* the slot is of the client's address alone */
+};
+
+#define SERVICE_GATED (SERVICE_RANGES | SERVICE_LIMITS)
+
+/* source_ranges (LPM trie): the clients of a service with SERVICE_RANGES.
+ * prefix_len counts from the start of `service`. */
+struct source_key {
+	__u32 prefix_len;
+	__u32 service; /* number, in network order, as the trie walks it */
+	struct addr address;
+};
+
+/*
+ * Rates, as token buckets that are shared by all CPUs: `until` is when the
+ * bucket is full again, which each packet moves on by its cost, at most `burst`
+ * beyond now (GCRA, ITU-T I.371). In ticks of 1/1024 ns; cost is that of one
+ * unit in 1/1024 ticks, 0: no limit.
+ */
+enum rate_kind {
+	RATE_CONNECTIONS = 0, /* TCP SYNs */
+	RATE_PACKETS = 1,
+	RATE_BITS = 2, /* of the L3 packet */
+	RATES = 3,
+};
+
+#define TICKS_SHIFT 10
+#define RATE_COST_SHIFT 10
+
+struct rates {
+	__u64 cost[RATES];
+	__u64 burst[RATES];
+};
+
+struct bucket {
+	__u64 until[RATES];
+};
+
+/* service_limits: number of a service with SERVICE_LIMITS -> its rates. */
+struct service_limit {
+	struct rates all;
+	struct rates client; /* of each address (IPv4) or /64 (IPv6) */
+	struct bucket bucket;
+};
+
+/* client_buckets (LRU) */
+struct client_key {
+	struct addr client;
+	__u32 service;
+	__u32 pad;
 };
 
 /*
@@ -130,6 +182,7 @@ enum mode {
 	MODE_GENEVE = 1, /* Geneve with IP payload and the option below */
 	MODE_IPIP = 2,	 /* IPv4-in-IPv4, IPv6-in-IPv6, IPv4-in-IPv6 */
 	MODE_LOCAL = 3,	 /* the backend is on this node: no tunnel */
+	MODE_L2 = 4,	 /* the destination MAC is rewritten, the packet stays */
 };
 
 enum backend_state {
@@ -193,8 +246,12 @@ struct pod_key {
 struct vip_port {
 	struct addr vip;
 	__be16 port;
-	__u16 pad;
+	/* How long a client's new flows go to the Pod of the older ones: seconds,
+	 * and from AFFINITY_COARSE on that many times four; 0: not at all. */
+	__u16 affinity;
 };
+
+#define AFFINITY_COARSE 0x8000
 
 #define POD_SERVES_MAX 8
 
@@ -231,9 +288,10 @@ struct flow {
 	__u8 state;	/* enum flow_state */
 	__u8 fins;	/* enum flow_fin: what was seen of its end, and its beginning */
 	__u8 pod_scale; /* window scale that the Pod offered */
-	__u8 pad[3];
-	__u64 hash; /* keyed; the top bits are the slot */
-	__u64 seen; /* coarse boot-time clock of the last packet, ns */
+	__u8 pad;
+	__u16 affinity; /* of its VIP and port, as in struct vip_port */
+	__u64 hash;	/* keyed; the top bits are the slot */
+	__u64 seen;	/* coarse boot-time clock of the last packet, ns */
 	/* TCP sequence numbers, host order, all in the Pod's view. */
 	__u32 pod_isn;	  /* of its SYN-ACK, once seen */
 	__u32 pod_ack;	  /* the highest that the Pod has acknowledged */
@@ -250,6 +308,17 @@ enum flow_fin {
 	FLOW_FIN_POD_ACKED = 1 << 3, /* by the client */
 	FLOW_CLOSED = 1 << 4,	     /* both FINs acknowledged, or reset: a SYN starts anew */
 	FLOW_ARMED = 1 << 5,	     /* the timer runs */
+};
+
+/* affinities: who owns a client of a service with ClientIP affinity, keyed as
+ * its flows with client_port 0. Good for `affinity` after `seen`. */
+struct affinity {
+	struct addr pod;
+	__be16 pod_port;
+	__u16 affinity;
+	__u32 pad;
+	__u64 hash;
+	__u64 seen; /* coarse boot-time clock, ns; moved on once a second */
 };
 
 /* lb_nodes (LPM trie): outer sources that are LB nodes, or their declared
@@ -340,6 +409,9 @@ enum drop {
 	DROP_HEADROOM = 11,	    /* the driver gave no room for the outer headers */
 	DROP_UNOWNED = 12,	    /* no backend has the TCP flow, since less than 3 s */
 	DROP_BUDGET = 13,	    /* too many questions of one service and client prefix */
+	DROP_SOURCE_RANGE = 14,	    /* the client is in none of the service's source ranges */
+	DROP_LIMIT_SERVICE = 15,    /* more than the service may have */
+	DROP_LIMIT_CLIENT = 16,	    /* more than one client of the service may have */
 	/* Tunnel packets to this node. */
 	DROP_TUNNEL_SOURCE = 20, /* outer source is no LB node of the shard */
 	DROP_TUNNEL_FORMAT = 21, /* Geneve or option not as we send it */
@@ -369,12 +441,14 @@ enum event {
 	EVENT_FLOW_CLOSED = 8,
 	EVENT_FLOW_EXPIRED = 9,
 	EVENT_MSS_CLAMPED = 10,
-	EVENT_ANSWER = 11,    /* a Pod's packet translated to the VIP */
-	EVENT_DELIVERED = 12, /* a packet given to a Pod of this node */
-	EVENT_DENIED = 13,    /* a question or an order sent back: no such flow or Pod here */
-	EVENT_BOUNCE = 14,    /* a packet that came back: the next attempt was made */
-	EVENT_HINT = 15,      /* a contested flow went to where its hint says */
-	EVENT_TAKEN = 16,     /* a flow that nobody has was ordered to the slot's backend */
+	EVENT_ANSWER = 11,	    /* a Pod's packet translated to the VIP */
+	EVENT_DELIVERED = 12,	    /* a packet given to a Pod of this node */
+	EVENT_DENIED = 13,	    /* a question or an order sent back: no such flow or Pod here */
+	EVENT_BOUNCE = 14,	    /* a packet that came back: the next attempt was made */
+	EVENT_HINT = 15,	    /* a contested flow went to where its hint says */
+	EVENT_TAKEN = 16,	    /* a flow that nobody has was ordered to the slot's backend */
+	EVENT_AFFINITY = 20,	    /* a new flow went to the Pod that its client had already */
+	EVENT_AFFINITIES_FULL = 21, /* a client's Pod could not be noted: the table is full */
 	EVENT_MAX = 32,
 };
 

@@ -6,6 +6,7 @@
  */
 #pragma once
 
+#include "affinity.h"
 #include "count.h"
 #include "maps.h"
 #include "parse.h"
@@ -68,6 +69,15 @@ static __always_inline bool flow_of(const struct flow *flow, const struct pod_ke
 	return flow->pod_port == pod->port && same_addr(&flow->pod, &pod->address);
 }
 
+static __always_inline struct flow_key flow_key_of(const struct packet *packet)
+{
+	return (struct flow_key){.client = packet->src,
+				 .vip = packet->dst,
+				 .client_port = packet->src_port,
+				 .vip_port = packet->dst_port,
+				 .proto = packet->proto};
+}
+
 /*
  * The entry that speaks for a flow. A closed one does so only as long as no
  * new connection of the same addresses and ports has begun.
@@ -83,17 +93,6 @@ static __always_inline struct flow *flow_find(const struct flow_key *key, __u64 
 	if (fresh && now - fresh->seen < PENDING_NS)
 		return fresh;
 	return flow;
-}
-
-static __always_inline bool pod_serves(const struct pod *pod, const struct addr *vip, __be16 port)
-{
-	for (__u32 i = 0; i < POD_SERVES_MAX; i++) {
-		if (i >= pod->count)
-			break;
-		if (pod->serves[i].port == port && same_addr(&pod->serves[i].vip, vip))
-			return true;
-	}
-	return false;
 }
 
 /*
@@ -135,7 +134,7 @@ static const __u8 no_flow[sizeof(struct flow)];
 /* Makes the entry of a flow that has none, for the Pod that was named. Until
  * `seen` is there, which comes last, flow_find does not see it. */
 static __always_inline int flow_make(const struct flow_key *key, const struct pod_key *target,
-				     __u64 hash, __u8 state)
+				     __u64 hash, __u8 state, __u16 affinity)
 {
 	struct flow *flow;
 
@@ -148,6 +147,7 @@ static __always_inline int flow_make(const struct flow_key *key, const struct po
 	flow->pod_port = target->port;
 	flow->state = state;
 	flow->pod_scale = state == FLOW_PROVISIONAL ? TCP_SCALE_MAX : 0;
+	flow->affinity = affinity;
 	flow->hash = hash;
 	barrier();
 	flow->seen = bpf_ktime_get_coarse_ns();
@@ -200,6 +200,7 @@ __noinline int flow_confirm(const struct flow_key *of)
 	flow->pod_port = from->pod_port;
 	flow->fins = from->fins;
 	flow->pod_scale = from->pod_scale;
+	flow->affinity = from->affinity;
 	flow->hash = from->hash;
 	flow->seen = bpf_ktime_get_coarse_ns();
 	flow->pod_isn = from->pod_isn;
@@ -321,6 +322,8 @@ static __always_inline bool flow_claims(const struct flow *flow, const struct se
 	__u32 window = flow->pod_window > REPEATS_BYTES ? flow->pod_window : REPEATS_BYTES;
 
 	if (flow->state == FLOW_HALF_OPEN) {
+		if ((s->flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN)
+			return true; /* repeated; where affinity makes it a question */
 		if (!(flow->fins & FLOW_SYN_ACK))
 			return false;
 		if (s->flags & TCP_RST)

@@ -81,6 +81,29 @@ struct {
 	__uint(max_entries, BUDGETS_MASK + 1);
 } budgets SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__type(key, struct source_key);
+	__type(value, __u32);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} source_ranges SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u32);
+	__type(value, struct service_limit);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} service_limits SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct client_key);
+	__type(value, struct bucket);
+	__uint(max_entries, 1024);
+} client_buckets SEC(".maps");
+
 /* service_denials[number]: denials in settled slots; the agent looks at what
  * has grown, and takes a census. */
 struct {
@@ -157,6 +180,14 @@ struct {
 	__type(value, struct flow);
 	__uint(max_entries, 65536);
 } pending SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct flow_key);
+	__type(value, struct affinity);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} affinities SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);

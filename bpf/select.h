@@ -105,23 +105,50 @@ __noinline __u32 stand_in(__u64 service_word, __u32 slot)
 	return 0;
 }
 
-/* Where a flow of a service is: its slot's word, the service's, and the slot.
- * Returns 0 or an enum drop. */
-static __always_inline int find_slot(__u32 service, __u64 hash, __u64 *service_word, __u32 *slot,
-				     __u64 *word)
+/* The word of a service; 0 when there is none. */
+static __always_inline __u64 read_service(__u32 service)
 {
 	__u64 *cell = bpf_map_lookup_elem(&service_words, &service);
-	__u32 bits;
 
-	if (!cell)
-		return DROP_NO_BACKEND;
-	*service_word = READ_ONCE(*cell);
-	bits = (*service_word >> SERVICE_BITS_SHIFT) & 31;
+	return cell ? READ_ONCE(*cell) : 0;
+}
+
+static __always_inline __u32 service_flags(__u64 service_word)
+{
+	return service_word >> SERVICE_FLAGS_SHIFT;
+}
+
+/* The hash of a flow, whatever its service. */
+__noinline __u64 whole_hash(const struct packet *packet)
+{
+	if (!packet)
+		return 0;
+	return flow_hash(&packet->src, &packet->dst, packet->src_port, packet->dst_port,
+			 packet->proto, packet->family);
+}
+
+/* The hash that chooses the slot: with affinity, all flows of a client to a
+ * port of the service have the same. */
+static __always_inline __u64 slot_hash(const struct packet *packet, __u64 service_word)
+{
+	__be16 port = service_flags(service_word) & SERVICE_AFFINITY ? 0 : packet->src_port;
+
+	return flow_hash(&packet->src, &packet->dst, port, packet->dst_port, packet->proto,
+			 packet->family);
+}
+
+/* Where a flow of a service is: its slot's word, and the slot. Returns 0 or an
+ * enum drop. */
+static __always_inline int find_slot(__u32 service, __u64 hash, __u64 service_word, __u32 *slot,
+				     __u64 *word)
+{
+	__u32 bits = (service_word >> SERVICE_BITS_SHIFT) & 31;
+
 	TRACING(to->service = service; to->hash = hash; to->steps |= TRACE_SERVICE);
 	if (unlikely(!bits))
 		return DROP_NO_BACKEND;
 	*slot = hash >> (64 - bits);
-	*word = slot_word((__u32)*service_word, *slot);
+	*word = slot_word((__u32)service_word, *slot);
 	TRACING(to->slot = *slot; to->slot_word = *word; to->steps |= TRACE_SLOT);
 	return DROP_NONE;
 }

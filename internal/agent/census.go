@@ -89,7 +89,7 @@ func (c *census) inquiries(plan lb.Plan, sizes map[lb.FrontendID]int) []*inquiry
 	open := map[string]*inquiry{}
 	for _, f := range plan.Frontends {
 		size, ok := sizes[f.ID]
-		if !ok || f.Mode == lb.ModeIPIP {
+		if !ok || f.Mode.Held() {
 			continue
 		}
 		asked := map[string]bool{}

@@ -54,6 +54,11 @@ type Config struct {
 		Pending    int `yaml:"pending"`
 		Fragments  int `yaml:"fragments"`
 		LBNodes    int `yaml:"lbNodes"`
+		// Of all services: source ranges, clients whose rates are counted, and on
+		// backends' nodes clients with affinity.
+		SourceRanges int `yaml:"sourceRanges"`
+		Clients      int `yaml:"clients"`
+		Affinities   int `yaml:"affinities"`
 	} `yaml:"limits"`
 	Timeouts struct {
 		TCP     time.Duration `yaml:"tcp"`
@@ -141,5 +146,6 @@ func (c *Config) Logger(w io.Writer) *slog.Logger {
 func (c *Config) limits() dataplane.Limits {
 	l := c.Limits
 	return dataplane.Limits{Services: l.Services, Slots: l.Slots, Candidates: l.Candidates, Hints: l.Hints, Backends: l.Backends, NextHops: l.NextHops, Pods: l.Pods,
-		Flows: l.Flows, Pending: l.Pending, Fragments: l.Fragments, LBNodes: l.LBNodes}
+		Flows: l.Flows, Pending: l.Pending, Fragments: l.Fragments, LBNodes: l.LBNodes,
+		SourceRanges: l.SourceRanges, Clients: l.Clients, Affinities: l.Affinities}
 }

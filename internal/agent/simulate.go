@@ -91,7 +91,7 @@ func (a *Agent) simulation(ctx context.Context, paths []string) ([]Simulation, e
 		switch {
 		case len(s.Gone) > 0:
 			one.Reason = fmt.Sprintf("%d backends go, and their flows with them; let them drain first", len(s.Gone))
-		case s.Mode == lb.ModeIPIP && s.Moved > 0:
+		case s.Mode.Held() && s.Moved > 0:
 			one.Reason = "nobody can be asked which flows there are: an LB node that is lost meanwhile breaks those that it recorded"
 		}
 		all = append(all, one)

@@ -42,6 +42,8 @@ type balancer struct {
 	vips      map[netip.Addr]int // frontends of each
 	bits      map[uint64]int     // VIPs of each bit of vip_bits
 
+	ranges     int // of all frontends
+	rangesMost int
 	generation uint32
 	builder    maglev.Builder
 	indexes    []uint32
@@ -53,6 +55,8 @@ type frontend struct {
 	applied      lb.Frontend
 	published    bool // its key is in services
 	doubtful     bool // somebody else wrote to the maps: write all of it again
+	ranges       map[netip.Prefix]bool
+	limited      bool // it is in service_limits
 	sum          uint64
 
 	table    slots.Table
@@ -85,6 +89,7 @@ func newBalancer(maps *contents, limits Limits, tag func(string) [8]byte) *balan
 		rowNumbers:     newNumbers("candidates", limits.Candidates),
 		rows:           map[slots.List]*candidateRow{},
 		runs:           newRuns(limits.Slots),
+		rangesMost:     limits.SourceRanges,
 		frontends:      map[lb.FrontendID]*frontend{},
 		backends:       map[lb.BackendID]*backend{},
 		hops:           map[lb.NextHop]*hop{},
@@ -132,7 +137,7 @@ func (b *balancer) set(plan lb.Plan, hops map[netip.Addr]lb.NextHop, now time.Ti
 // is written, what does not fit or must not be reached.
 func (b *balancer) wanted(plan lb.Plan) (map[lb.BackendID]lb.Backend, error) {
 	wanted := map[lb.BackendID]lb.Backend{}
-	slots, vips := uint64(0), map[netip.Addr]bool{}
+	slots, ranges, vips := uint64(0), uint64(0), map[netip.Addr]bool{}
 	for _, f := range plan.Frontends {
 		vips[f.ID.VIP] = true
 	}
@@ -140,7 +145,7 @@ func (b *balancer) wanted(plan lb.Plan) (map[lb.BackendID]lb.Backend, error) {
 		if f.TableSize&(f.TableSize-1) != 0 || f.TableSize > 1<<maxBits {
 			return nil, fmt.Errorf("refuse Service %s: table size %d is no power of two up to %d", f.Service, f.TableSize, 1<<maxBits)
 		}
-		slots += uint64(f.TableSize)
+		slots, ranges = slots+uint64(f.TableSize), ranges+uint64(len(f.SourceRanges))
 		for _, backend := range f.Backends {
 			if err := checkBackend(f, backend.ID, vips); err != nil {
 				return nil, err
@@ -158,6 +163,7 @@ func (b *balancer) wanted(plan lb.Plan) (map[lb.BackendID]lb.Backend, error) {
 		{"services", uint64(len(plan.Frontends)), uint64(b.serviceNumbers.size) - 1},
 		{"backends", uint64(len(wanted)), uint64(b.backendNumbers.size) - 1},
 		{"slots", slots, uint64(b.runs.size)},
+		{"sourceRanges", ranges, uint64(b.rangesMost)},
 	} {
 		if limit.need > limit.size {
 			return nil, fmt.Errorf("the plan of node %s needs %d %s and there are %d; raise limits.%s in the agent's configuration and restart it",
@@ -296,20 +302,24 @@ func (b *balancer) setFrontend(want lb.Frontend, now time.Time) error {
 		b.frontends[want.ID] = known
 		b.adopt(known, want, now)
 	}
-	if known.published && !known.doubtful && sameSlots(known.applied, want) {
-		known.applied = want
-		return nil
+	if err := b.openGate(known, want); err != nil {
+		return err
 	}
-	if err := b.setSlots(known, want, now); err != nil {
+	if known.published && !known.doubtful && sameSlots(known.applied, want) {
+		b.maps.store(&b.maps.serviceWords[known.number], serviceWord(known.offset, known.bits, want))
+	} else if err := b.setSlots(known, want, now); err != nil {
 		return err
 	}
 	known.applied = want
+	if err := b.closeGate(known, want); err != nil {
+		return err
+	}
 	return b.publish(known, want.ID)
 }
 
 // sameSlots reports whether two states of a frontend have the same table.
 func sameSlots(a, b lb.Frontend) bool {
-	return a.TableSize == b.TableSize && a.Independent == b.Independent && a.Mode == b.Mode && slices.Equal(a.Backends, b.Backends)
+	return a.TableSize == b.TableSize && a.Mode == b.Mode && slices.Equal(a.Backends, b.Backends)
 }
 
 // setSlots makes the table: in place, slot by slot, while its size stays, and
@@ -449,6 +459,9 @@ func (b *balancer) removeFrontend(id lb.FrontendID, known *frontend, now time.Ti
 		known.published = false
 	}
 	b.maps.store(&b.maps.serviceWords[known.number], 0)
+	if err := b.closeGate(known, lb.Frontend{}); err != nil {
+		return err
+	}
 	for list := range known.rows {
 		b.dropRow(list, now)
 	}

@@ -16,10 +16,12 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	benchMapAffinities      = "affinities"
 	benchMapBackendCounters = "backend_counters"
 	benchMapBackends        = "backends"
 	benchMapBudgets         = "budgets"
 	benchMapCandidates      = "candidates"
+	benchMapClientBuckets   = "client_buckets"
 	benchMapDenials         = "denials"
 	benchMapDrops           = "drops"
 	benchMapEvents          = "events"
@@ -33,9 +35,11 @@ const (
 	benchMapReceived        = "received"
 	benchMapServiceCounters = "service_counters"
 	benchMapServiceDenials  = "service_denials"
+	benchMapServiceLimits   = "service_limits"
 	benchMapServiceWords    = "service_words"
 	benchMapServices        = "services"
 	benchMapSlots           = "slots"
+	benchMapSourceRanges    = "source_ranges"
 	benchMapSyns            = "syns"
 	benchMapTarget          = "target"
 	benchMapTargetTc        = "target_tc"
@@ -114,10 +118,12 @@ type benchProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type benchMapSpecs struct {
+	Affinities      *ebpf.MapSpec `ebpf:"affinities"`
 	BackendCounters *ebpf.MapSpec `ebpf:"backend_counters"`
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Budgets         *ebpf.MapSpec `ebpf:"budgets"`
 	Candidates      *ebpf.MapSpec `ebpf:"candidates"`
+	ClientBuckets   *ebpf.MapSpec `ebpf:"client_buckets"`
 	Denials         *ebpf.MapSpec `ebpf:"denials"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
@@ -131,9 +137,11 @@ type benchMapSpecs struct {
 	Received        *ebpf.MapSpec `ebpf:"received"`
 	ServiceCounters *ebpf.MapSpec `ebpf:"service_counters"`
 	ServiceDenials  *ebpf.MapSpec `ebpf:"service_denials"`
+	ServiceLimits   *ebpf.MapSpec `ebpf:"service_limits"`
 	ServiceWords    *ebpf.MapSpec `ebpf:"service_words"`
 	Services        *ebpf.MapSpec `ebpf:"services"`
 	Slots           *ebpf.MapSpec `ebpf:"slots"`
+	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
 	Syns            *ebpf.MapSpec `ebpf:"syns"`
 	Target          *ebpf.MapSpec `ebpf:"target"`
 	TargetTc        *ebpf.MapSpec `ebpf:"target_tc"`
@@ -176,10 +184,12 @@ func (o *benchObjects) Close() error {
 //
 // It can be passed to loadBenchObjects or ebpf.CollectionSpec.LoadAndAssign.
 type benchMaps struct {
+	Affinities      *ebpf.Map `ebpf:"affinities"`
 	BackendCounters *ebpf.Map `ebpf:"backend_counters"`
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Budgets         *ebpf.Map `ebpf:"budgets"`
 	Candidates      *ebpf.Map `ebpf:"candidates"`
+	ClientBuckets   *ebpf.Map `ebpf:"client_buckets"`
 	Denials         *ebpf.Map `ebpf:"denials"`
 	Drops           *ebpf.Map `ebpf:"drops"`
 	Events          *ebpf.Map `ebpf:"events"`
@@ -193,9 +203,11 @@ type benchMaps struct {
 	Received        *ebpf.Map `ebpf:"received"`
 	ServiceCounters *ebpf.Map `ebpf:"service_counters"`
 	ServiceDenials  *ebpf.Map `ebpf:"service_denials"`
+	ServiceLimits   *ebpf.Map `ebpf:"service_limits"`
 	ServiceWords    *ebpf.Map `ebpf:"service_words"`
 	Services        *ebpf.Map `ebpf:"services"`
 	Slots           *ebpf.Map `ebpf:"slots"`
+	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
 	Syns            *ebpf.Map `ebpf:"syns"`
 	Target          *ebpf.Map `ebpf:"target"`
 	TargetTc        *ebpf.Map `ebpf:"target_tc"`
@@ -205,10 +217,12 @@ type benchMaps struct {
 
 func (m *benchMaps) Close() error {
 	return _BenchClose(
+		m.Affinities,
 		m.BackendCounters,
 		m.Backends,
 		m.Budgets,
 		m.Candidates,
+		m.ClientBuckets,
 		m.Denials,
 		m.Drops,
 		m.Events,
@@ -222,9 +236,11 @@ func (m *benchMaps) Close() error {
 		m.Received,
 		m.ServiceCounters,
 		m.ServiceDenials,
+		m.ServiceLimits,
 		m.ServiceWords,
 		m.Services,
 		m.Slots,
+		m.SourceRanges,
 		m.Syns,
 		m.Target,
 		m.TargetTc,

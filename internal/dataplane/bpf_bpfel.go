@@ -18,6 +18,16 @@ type bpfAddr struct {
 	W [4]uint32
 }
 
+type bpfAffinity struct {
+	_        structs.HostLayout
+	Pod      bpfAddr
+	PodPort  uint16
+	Affinity uint16
+	Pad      uint32
+	Hash     uint64
+	Seen     uint64
+}
+
 type bpfBackend struct {
 	_        structs.HostLayout
 	Address  bpfAddr
@@ -41,6 +51,11 @@ const (
 	bpfBackendStateBACKEND_FAILING  bpfBackendState = 4
 )
 
+type bpfBucket struct {
+	_     structs.HostLayout
+	Until [3]uint64
+}
+
 type bpfBudget struct {
 	_       structs.HostLayout
 	Second  uint64
@@ -52,6 +67,13 @@ type bpfCandidateRow struct {
 	_      structs.HostLayout
 	Number [7]uint32
 	Pad    uint32
+}
+
+type bpfClientKey struct {
+	_       structs.HostLayout
+	Client  bpfAddr
+	Service uint32
+	Pad     uint32
 }
 
 type bpfConfig struct {
@@ -121,6 +143,9 @@ const (
 	bpfDropDROP_HEADROOM          bpfDrop = 11
 	bpfDropDROP_UNOWNED           bpfDrop = 12
 	bpfDropDROP_BUDGET            bpfDrop = 13
+	bpfDropDROP_SOURCE_RANGE      bpfDrop = 14
+	bpfDropDROP_LIMIT_SERVICE     bpfDrop = 15
+	bpfDropDROP_LIMIT_CLIENT      bpfDrop = 16
 	bpfDropDROP_TUNNEL_SOURCE     bpfDrop = 20
 	bpfDropDROP_TUNNEL_FORMAT     bpfDrop = 21
 	bpfDropDROP_TUNNEL_VNI        bpfDrop = 22
@@ -138,24 +163,26 @@ const (
 type bpfEvent uint32
 
 const (
-	bpfEventEVENT_NONE           bpfEvent = 0
-	bpfEventEVENT_ECHO_REPLY     bpfEvent = 1
-	bpfEventEVENT_TOO_BIG        bpfEvent = 2
-	bpfEventEVENT_TIME_EXCEEDED  bpfEvent = 3
-	bpfEventEVENT_FIB_LOOKUP     bpfEvent = 4
-	bpfEventEVENT_STAND_IN       bpfEvent = 5
-	bpfEventEVENT_FLOW_NEW       bpfEvent = 6
-	bpfEventEVENT_FLOW_CONFIRMED bpfEvent = 7
-	bpfEventEVENT_FLOW_CLOSED    bpfEvent = 8
-	bpfEventEVENT_FLOW_EXPIRED   bpfEvent = 9
-	bpfEventEVENT_MSS_CLAMPED    bpfEvent = 10
-	bpfEventEVENT_ANSWER         bpfEvent = 11
-	bpfEventEVENT_DELIVERED      bpfEvent = 12
-	bpfEventEVENT_DENIED         bpfEvent = 13
-	bpfEventEVENT_BOUNCE         bpfEvent = 14
-	bpfEventEVENT_HINT           bpfEvent = 15
-	bpfEventEVENT_TAKEN          bpfEvent = 16
-	bpfEventEVENT_MAX            bpfEvent = 32
+	bpfEventEVENT_NONE            bpfEvent = 0
+	bpfEventEVENT_ECHO_REPLY      bpfEvent = 1
+	bpfEventEVENT_TOO_BIG         bpfEvent = 2
+	bpfEventEVENT_TIME_EXCEEDED   bpfEvent = 3
+	bpfEventEVENT_FIB_LOOKUP      bpfEvent = 4
+	bpfEventEVENT_STAND_IN        bpfEvent = 5
+	bpfEventEVENT_FLOW_NEW        bpfEvent = 6
+	bpfEventEVENT_FLOW_CONFIRMED  bpfEvent = 7
+	bpfEventEVENT_FLOW_CLOSED     bpfEvent = 8
+	bpfEventEVENT_FLOW_EXPIRED    bpfEvent = 9
+	bpfEventEVENT_MSS_CLAMPED     bpfEvent = 10
+	bpfEventEVENT_ANSWER          bpfEvent = 11
+	bpfEventEVENT_DELIVERED       bpfEvent = 12
+	bpfEventEVENT_DENIED          bpfEvent = 13
+	bpfEventEVENT_BOUNCE          bpfEvent = 14
+	bpfEventEVENT_HINT            bpfEvent = 15
+	bpfEventEVENT_TAKEN           bpfEvent = 16
+	bpfEventEVENT_AFFINITY        bpfEvent = 20
+	bpfEventEVENT_AFFINITIES_FULL bpfEvent = 21
+	bpfEventEVENT_MAX             bpfEvent = 32
 )
 
 type bpfFlow struct {
@@ -169,7 +196,8 @@ type bpfFlow struct {
 	State     uint8
 	Fins      uint8
 	PodScale  uint8
-	Pad       [3]uint8
+	Pad       uint8
+	Affinity  uint16
 	Hash      uint64
 	Seen      uint64
 	PodIsn    uint32
@@ -247,6 +275,7 @@ const (
 	bpfModeMODE_GENEVE bpfMode = 1
 	bpfModeMODE_IPIP   bpfMode = 2
 	bpfModeMODE_LOCAL  bpfMode = 3
+	bpfModeMODE_L2     bpfMode = 4
 )
 
 type bpfNextHop struct {
@@ -284,11 +313,29 @@ type bpfPodKey struct {
 	Pad     uint8
 }
 
+type bpfRateKind uint32
+
+const (
+	bpfRateKindRATE_CONNECTIONS bpfRateKind = 0
+	bpfRateKindRATE_PACKETS     bpfRateKind = 1
+	bpfRateKindRATE_BITS        bpfRateKind = 2
+	bpfRateKindRATES            bpfRateKind = 3
+)
+
+type bpfRates struct {
+	_     structs.HostLayout
+	Cost  [3]uint64
+	Burst [3]uint64
+}
+
 type bpfServiceFlag uint32
 
 const (
 	bpfServiceFlagSERVICE_INDEPENDENT bpfServiceFlag = 1
 	bpfServiceFlagSERVICE_ORDERS      bpfServiceFlag = 2
+	bpfServiceFlagSERVICE_RANGES      bpfServiceFlag = 8
+	bpfServiceFlagSERVICE_LIMITS      bpfServiceFlag = 16
+	bpfServiceFlagSERVICE_AFFINITY    bpfServiceFlag = 32
 )
 
 type bpfServiceKey struct {
@@ -297,6 +344,20 @@ type bpfServiceKey struct {
 	Port  uint16
 	Proto uint8
 	Pad   uint8
+}
+
+type bpfServiceLimit struct {
+	_      structs.HostLayout
+	All    bpfRates
+	Client bpfRates
+	Bucket bpfBucket
+}
+
+type bpfSourceKey struct {
+	_         structs.HostLayout
+	PrefixLen uint32
+	Service   uint32
+	Address   bpfAddr
 }
 
 type bpfTrace struct {
@@ -375,20 +436,22 @@ const (
 )
 
 type bpfVipPort struct {
-	_    structs.HostLayout
-	Vip  bpfAddr
-	Port uint16
-	Pad  uint16
+	_        structs.HostLayout
+	Vip      bpfAddr
+	Port     uint16
+	Affinity uint16
 }
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	bpfMapAffinities      = "affinities"
 	bpfMapBackendCounters = "backend_counters"
 	bpfMapBackends        = "backends"
 	bpfMapBudgets         = "budgets"
 	bpfMapCandidates      = "candidates"
+	bpfMapClientBuckets   = "client_buckets"
 	bpfMapDenials         = "denials"
 	bpfMapDrops           = "drops"
 	bpfMapEvents          = "events"
@@ -401,9 +464,11 @@ const (
 	bpfMapPods            = "pods"
 	bpfMapServiceCounters = "service_counters"
 	bpfMapServiceDenials  = "service_denials"
+	bpfMapServiceLimits   = "service_limits"
 	bpfMapServiceWords    = "service_words"
 	bpfMapServices        = "services"
 	bpfMapSlots           = "slots"
+	bpfMapSourceRanges    = "source_ranges"
 	bpfMapSyns            = "syns"
 	bpfMapTraces          = "traces"
 	bpfMapVipBits         = "vip_bits"
@@ -465,10 +530,12 @@ type bpfProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfMapSpecs struct {
+	Affinities      *ebpf.MapSpec `ebpf:"affinities"`
 	BackendCounters *ebpf.MapSpec `ebpf:"backend_counters"`
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Budgets         *ebpf.MapSpec `ebpf:"budgets"`
 	Candidates      *ebpf.MapSpec `ebpf:"candidates"`
+	ClientBuckets   *ebpf.MapSpec `ebpf:"client_buckets"`
 	Denials         *ebpf.MapSpec `ebpf:"denials"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
@@ -481,9 +548,11 @@ type bpfMapSpecs struct {
 	Pods            *ebpf.MapSpec `ebpf:"pods"`
 	ServiceCounters *ebpf.MapSpec `ebpf:"service_counters"`
 	ServiceDenials  *ebpf.MapSpec `ebpf:"service_denials"`
+	ServiceLimits   *ebpf.MapSpec `ebpf:"service_limits"`
 	ServiceWords    *ebpf.MapSpec `ebpf:"service_words"`
 	Services        *ebpf.MapSpec `ebpf:"services"`
 	Slots           *ebpf.MapSpec `ebpf:"slots"`
+	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
 	Syns            *ebpf.MapSpec `ebpf:"syns"`
 	Traces          *ebpf.MapSpec `ebpf:"traces"`
 	VipBits         *ebpf.MapSpec `ebpf:"vip_bits"`
@@ -517,10 +586,12 @@ func (o *bpfObjects) Close() error {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfMaps struct {
+	Affinities      *ebpf.Map `ebpf:"affinities"`
 	BackendCounters *ebpf.Map `ebpf:"backend_counters"`
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Budgets         *ebpf.Map `ebpf:"budgets"`
 	Candidates      *ebpf.Map `ebpf:"candidates"`
+	ClientBuckets   *ebpf.Map `ebpf:"client_buckets"`
 	Denials         *ebpf.Map `ebpf:"denials"`
 	Drops           *ebpf.Map `ebpf:"drops"`
 	Events          *ebpf.Map `ebpf:"events"`
@@ -533,9 +604,11 @@ type bpfMaps struct {
 	Pods            *ebpf.Map `ebpf:"pods"`
 	ServiceCounters *ebpf.Map `ebpf:"service_counters"`
 	ServiceDenials  *ebpf.Map `ebpf:"service_denials"`
+	ServiceLimits   *ebpf.Map `ebpf:"service_limits"`
 	ServiceWords    *ebpf.Map `ebpf:"service_words"`
 	Services        *ebpf.Map `ebpf:"services"`
 	Slots           *ebpf.Map `ebpf:"slots"`
+	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
 	Syns            *ebpf.Map `ebpf:"syns"`
 	Traces          *ebpf.Map `ebpf:"traces"`
 	VipBits         *ebpf.Map `ebpf:"vip_bits"`
@@ -543,10 +616,12 @@ type bpfMaps struct {
 
 func (m *bpfMaps) Close() error {
 	return _BpfClose(
+		m.Affinities,
 		m.BackendCounters,
 		m.Backends,
 		m.Budgets,
 		m.Candidates,
+		m.ClientBuckets,
 		m.Denials,
 		m.Drops,
 		m.Events,
@@ -559,9 +634,11 @@ func (m *bpfMaps) Close() error {
 		m.Pods,
 		m.ServiceCounters,
 		m.ServiceDenials,
+		m.ServiceLimits,
 		m.ServiceWords,
 		m.Services,
 		m.Slots,
+		m.SourceRanges,
 		m.Syns,
 		m.Traces,
 		m.VipBits,

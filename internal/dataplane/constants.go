@@ -96,5 +96,6 @@ func hostMask(p netip.Prefix) bpfAddr {
 // withoutBalancer is for nodes that only have role backend.
 func (l Limits) withoutBalancer() Limits {
 	l.Services, l.Slots, l.Candidates, l.Hints, l.Backends, l.NextHops = 2, 256, 2, 2, 2, 2
+	l.SourceRanges, l.Clients = 2, 2
 	return l
 }

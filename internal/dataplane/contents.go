@@ -29,6 +29,9 @@ type contents struct {
 	pods     hashMap[bpfPodKey, bpfPod]
 	lbNodes  hashMap[bpfLbNodeKey, uint32]
 
+	sourceRanges hashMap[bpfSourceKey, uint32]
+	limits       hashMap[uint32, bpfServiceLimit]
+
 	// purge removes the flows, confirmed or not, of the Pods that f says; nil
 	// where there are none.
 	purge func(f func(bpfPodKey) bool) error

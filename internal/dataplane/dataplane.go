@@ -36,12 +36,14 @@ type Config struct {
 // Limits are the sizes of the maps. 0 means the default.
 type Limits struct {
 	Services, Slots, Candidates, Hints, Backends, NextHops, Pods, Flows, Pending, Fragments, LBNodes int
+
+	SourceRanges, Clients, Affinities int
 }
 
 // withDefaults fills in what is 0. In brackets, the memory of the default:
 // services 2 MiB and 0.8 MiB a CPU, slots 32 MiB, candidates 8 MiB, hints 6 MiB,
-// backends 4 MiB and 1.5 MiB a CPU, pending 16 MiB, fragments 2 MiB; the rest is allocated as it is used,
-// at most about 200 bytes a flow.
+// backends 4 MiB and 1.5 MiB a CPU, pending 16 MiB, fragments 2 MiB, clients
+// 6 MiB; the rest is allocated as it is used, at most about 200 bytes a flow.
 func (l Limits) withDefaults() Limits {
 	set := func(to *int, value int) {
 		if *to == 0 {
@@ -59,6 +61,9 @@ func (l Limits) withDefaults() Limits {
 	set(&l.Pending, 65536)
 	set(&l.Fragments, 16384)
 	set(&l.LBNodes, 1024)
+	set(&l.SourceRanges, 1<<17)
+	set(&l.Clients, 65536)
+	set(&l.Affinities, 1<<18)
 	return l
 }
 
@@ -84,6 +89,8 @@ type Dataplane struct {
 	constant bpfConfig // that the attached programs were loaded with
 	hooks    *hooks
 	flows    int // when they were last counted
+
+	affinities int // the same
 
 	ownership *Ownership // the last, see Owned
 }
@@ -111,7 +118,8 @@ func Open(cfg Config) (*Dataplane, error) {
 
 func checkLimits(l Limits) error {
 	for name, value := range map[string]int{"services": l.Services, "slots": l.Slots, "candidates": l.Candidates, "hints": l.Hints, "backends": l.Backends,
-		"nextHops": l.NextHops, "pods": l.Pods, "flows": l.Flows, "pending": l.Pending, "fragments": l.Fragments, "lbNodes": l.LBNodes} {
+		"nextHops": l.NextHops, "pods": l.Pods, "flows": l.Flows, "pending": l.Pending, "fragments": l.Fragments, "lbNodes": l.LBNodes,
+		"sourceRanges": l.SourceRanges, "clients": l.Clients, "affinities": l.Affinities} {
 		if value < 2 || value > 1<<27 {
 			return fmt.Errorf("limits.%s: %d is not between 2 and %d", name, value, 1<<27)
 		}

@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"fairlead.dev/fairlead/internal/model"
 )
@@ -93,13 +94,15 @@ func (p path) bounces(inner ipPacket) (all [][]byte) {
 	if p.vip.Is6() {
 		number = 5
 	}
-	hash := testKey.Hash(p.client, p.vip, binary.BigEndian.Uint16(inner.payload), 80, inner.proto)
-	for _, attempt := range []byte{0, 1, 2, 3, 8, 0x40, 0x41, 0x47, 0x48} {
-		outer := p.wrapped(inner, hash, number)
-		outer.src, outer.dst = p.tunnel, p.node
-		option := outer.payload[8+12:]
-		option[1], option[2] = byte(bpfVerbVERB_DENIED), attempt
-		all = append(all, fromRouter(outer))
+	for _, port := range []uint16{binary.BigEndian.Uint16(inner.payload), 0} { // 0: with affinity
+		hash := testKey.Hash(p.client, p.vip, port, 80, inner.proto)
+		for _, attempt := range []byte{0, 1, 2, 3, 8, 0x40, 0x41, 0x47, 0x48} {
+			outer := p.wrapped(inner, hash, number)
+			outer.src, outer.dst = p.tunnel, p.node
+			option := outer.payload[8+12:]
+			option[1], option[2] = byte(bpfVerbVERB_DENIED), attempt
+			all = append(all, fromRouter(outer))
+		}
 	}
 	return all
 }
@@ -142,6 +145,9 @@ func harmless(in, out []byte, action uint32) error {
 		dst, err := destination(out)
 		if err != nil || dst == worker4 || dst == worker6 {
 			return err
+		}
+		if (dst == vip4 || dst == vip6) && bytes.Equal(out[:12], append(workerMAC[:], ownMAC[:]...)) {
+			return nil // as it came, in mode L2
 		}
 		src, err := source(out)
 		if err == nil && (src != vip4 && src != vip6 || !bytes.Contains(in, dst.AsSlice())) {
@@ -206,13 +212,53 @@ func (w *twin) attack(t testing.TB, frame []byte) {
 // bytes, so that they get far before something is noticed. The programs decide
 // about each as the model does.
 func TestMutilatedFrames(t *testing.T) {
-	w := newTwin(t, newBothRoles(t))
+	t.Run("plain", func(t *testing.T) { mutilate(t, newBothRoles(t), 300_000) })
+	t.Run("gated, with affinity, L2", func(t *testing.T) { mutilate(t, newGated(t), 150_000) })
+}
+
+// newGated has services with affinity, and some of them for few clients; it is
+// in mode L2 what the other is in IPIP.
+func newGated(t testing.TB) *network {
+	n := newBothRoles(t)
+	for number := uint32(1); number < n.services; number++ {
+		var word uint64
+		if err := n.ServiceWords.Lookup(number, &word); err != nil {
+			t.Fatal(err)
+		}
+		flags := bpfServiceFlagSERVICE_AFFINITY
+		if number%2 == 0 {
+			flags |= bpfServiceFlagSERVICE_RANGES
+			for _, text := range []string{"203.0.113.8/30", "2001:db8:c::/64"} {
+				n.put(n.SourceRanges, sourceKey(number, netip.MustParsePrefix(text)), uint32(1))
+			}
+		}
+		n.put(n.ServiceWords, number, word|uint64(flags)<<serviceFlagsShift)
+	}
+	for number := uint32(1); number < n.backends; number++ {
+		var row bpfBackend
+		if err := n.bpfObjects.Backends.Lookup(number, &row); err != nil {
+			t.Fatal(err)
+		}
+		if bpfMode(row.Mode) == bpfModeMODE_IPIP {
+			row.Mode, row.OuterSum = uint8(bpfModeMODE_L2), 0
+			n.put(n.bpfObjects.Backends, number, row)
+		}
+	}
+	each(t, n.Pods, func(key bpfPodKey, pod bpfPod) {
+		pod.Serves[0].Affinity = affinityCode(time.Hour)
+		n.put(n.Pods, key, pod)
+	})
+	return n
+}
+
+func mutilate(t *testing.T, n *network, rounds int) {
+	w := newTwin(t, n)
 	random := rand.New(rand.NewPCG(11, 12))
 	all := seeds()
 	for _, frame := range all {
 		w.attack(t, frame)
 	}
-	for range 300_000 {
+	for range rounds {
 		frame := bytes.Clone(all[random.IntN(len(all))])
 		for range 1 + random.IntN(4) {
 			at := 12 + random.IntN(len(frame)-12)
@@ -234,6 +280,7 @@ func TestMutilatedFrames(t *testing.T) {
 		}
 	}
 	w.compareFlows(t)
+	w.compareClients(t)
 	if len(w.model.Flows.Confirmed) < 100 || len(w.model.Flows.Pending) < 100 {
 		t.Errorf("%d flows confirmed, %d pending: too few to compare", len(w.model.Flows.Confirmed), len(w.model.Flows.Pending))
 	}

@@ -278,7 +278,7 @@ func (s *shard) answer(w *twin, f *historyFlow, pod netip.AddrPort, syn bool) {
 	if _, _, err := w.FairleadEgress.Test(segmentFrame(pod, f.key.Client, f.key.Proto, segment)); err != nil {
 		s.t.Fatal(err)
 	}
-	w.model.Flows.Answer(f.key, pod, segment, w.quietMoment(s.t))
+	w.model.Answer(f.key, pod, segment, w.quietMoment(s.t))
 	if syn {
 		f.begun, f.seq = true, f.seq+1
 	}

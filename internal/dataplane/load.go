@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -22,7 +23,7 @@ type objects struct {
 
 // kept are the maps that outlive the agent: where they fit, it goes on with
 // what is in them.
-var kept = []string{"flows", "pending", "fragments", "pods"}
+var kept = []string{"flows", "pending", "fragments", "pods", "affinities"}
 
 func loadObjects(cfg Config, constant bpfConfig, balancer bool) (*objects, error) {
 	spec, err := loadBpf()
@@ -39,7 +40,8 @@ func loadObjects(cfg Config, constant bpfConfig, balancer bool) (*objects, error
 		"candidates": limits.Candidates, "hints": limits.Hints, "syns": max(limits.Hints/4, 2), "slots": limits.Slots,
 		"backends": limits.Backends, "backend_counters": limits.Backends, "next_hops": limits.NextHops,
 		"pods": limits.Pods, "flows": limits.Flows, "pending": limits.Pending, "fragments": limits.Fragments,
-		"lb_nodes": limits.LBNodes,
+		"lb_nodes": limits.LBNodes, "affinities": limits.Affinities,
+		"source_ranges": limits.SourceRanges, "service_limits": limits.Services, "client_buckets": limits.Clients,
 	} {
 		spec.Maps[name].MaxEntries = uint32(size)
 	}
@@ -93,8 +95,9 @@ func adoptMaps(cfg Config, spec *ebpf.CollectionSpec) (map[string]*ebpf.Map, err
 }
 
 func (o *objects) pinMaps(dir string) error {
-	for name, m := range map[string]*ebpf.Map{"flows": o.Flows, "pending": o.Pending, "fragments": o.Fragments, "pods": o.Pods} {
-		path := mapPin(dir, name)
+	all := o.shared()
+	for _, name := range kept {
+		m, path := all[name], mapPin(dir, name)
 		if _, err := os.Stat(path); err == nil {
 			continue
 		}
@@ -138,14 +141,14 @@ func (o *objects) reload(constant bpfConfig) (*objects, error) {
 	return fresh, o.close()
 }
 
-// shared are all maps that programs of the same node work on.
+// shared are all maps by name, for programs of the same node to work on.
 func (o *objects) shared() map[string]*ebpf.Map {
-	return map[string]*ebpf.Map{
-		"services": o.Services, "service_words": o.ServiceWords, "slots": o.Slots, "vip_bits": o.VipBits,
-		"backends": o.Backends, "next_hops": o.NextHops, "service_counters": o.ServiceCounters,
-		"backend_counters": o.BackendCounters, "drops": o.Drops, "events": o.Events, "pods": o.Pods,
-		"flows": o.Flows, "pending": o.Pending, "lb_nodes": o.LbNodes, "fragments": o.Fragments, "traces": o.Traces,
+	all := map[string]*ebpf.Map{}
+	maps := reflect.ValueOf(o.bpfMaps)
+	for i := range maps.NumField() {
+		all[maps.Type().Field(i).Tag.Get("ebpf")] = maps.Field(i).Interface().(*ebpf.Map)
 	}
+	return all
 }
 
 func (o *objects) close() error { return o.bpfObjects.Close() }
@@ -153,7 +156,8 @@ func (o *objects) close() error { return o.bpfObjects.Close() }
 // contents maps the arrays into memory.
 func (o *objects) contents() (*contents, error) {
 	c := &contents{services: kernelMap[bpfServiceKey, uint32]{o.Services},
-		purge: o.purgeFlows, pods: kernelMap[bpfPodKey, bpfPod]{o.Pods}, lbNodes: kernelMap[bpfLbNodeKey, uint32]{o.LbNodes}}
+		purge: o.purgeFlows, pods: kernelMap[bpfPodKey, bpfPod]{o.Pods}, lbNodes: kernelMap[bpfLbNodeKey, uint32]{o.LbNodes},
+		sourceRanges: kernelMap[bpfSourceKey, uint32]{o.SourceRanges}, limits: kernelMap[uint32, bpfServiceLimit]{o.ServiceLimits}}
 	err := errors.Join(
 		mapArray(c, o.ServiceWords, &c.serviceWords), mapArray(c, o.Slots, &c.slots), mapArray(c, o.Candidates, &c.candidates),
 		mapArray(c, o.ServiceDenials, &c.denials), mapArray(c, o.VipBits, &c.vipBits),

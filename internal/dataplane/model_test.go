@@ -44,7 +44,7 @@ func newTwin(t testing.TB, n *network) *twin {
 	shared := map[string]*ebpf.Map{"services": n.Services, "vip_bits": n.VipBits, "service_words": n.ServiceWords, "slots": n.Slots,
 		"backends": n.Backends, "next_hops": n.NextHops, "pods": n.Pods, "flows": n.Flows, "pending": n.Pending,
 		"lb_nodes": n.LbNodes, "fragments": n.Fragments, "traces": n.Traces, "candidates": n.Candidates, "hints": n.Hints, "syns": n.Syns,
-		"denials": n.Denials, "budgets": n.Budgets, "service_counters": n.ServiceCounters}
+		"denials": n.Denials, "affinities": n.Affinities, "source_ranges": n.SourceRanges, "budgets": n.Budgets, "service_counters": n.ServiceCounters}
 	w := &twin{network: n, verdicts: map[string]int{}}
 	var tick unix.Timespec
 	if err := unix.ClockGetres(unix.CLOCK_MONOTONIC_COARSE, &tick); err != nil {
@@ -65,7 +65,7 @@ func (n *network) model(t testing.TB) *model.Node {
 	m := &model.Node{LB: n.config.Lb != 0, Backend: n.config.Backend != 0, Key: testKey, Node4: addrOf(n.config.Node4), Node6: addrOf(n.config.Node6),
 		VNI: n.config.Vni, GenevePort: swap16(n.config.GenevePort), Tag: n.config.Tag,
 		VIPs: map[netip.Addr]bool{}, Services: map[model.Front]model.Service{}, Backends: map[uint32]model.Backend{},
-		Pods: map[model.Target][]netip.AddrPort{}}
+		Pods: map[model.Target][]netip.AddrPort{}, Affinity: map[model.Target]map[netip.AddrPort]time.Duration{}}
 	each(t, n.bpfObjects.Services, func(key bpfServiceKey, number uint32) {
 		vip := addrOf(key.Vip)
 		m.VIPs[vip] = true
@@ -88,7 +88,14 @@ func (n *network) model(t testing.TB) *model.Node {
 	each(t, n.Pods, func(key bpfPodKey, pod bpfPod) {
 		target := model.Target{Address: netip.AddrPortFrom(addrOf(key.Address), swap16(key.Port)), Proto: key.Proto}
 		for _, s := range pod.Serves[:pod.Count] {
-			m.Pods[target] = append(m.Pods[target], netip.AddrPortFrom(addrOf(s.Vip), swap16(s.Port)))
+			front := netip.AddrPortFrom(addrOf(s.Vip), swap16(s.Port))
+			m.Pods[target] = append(m.Pods[target], front)
+			if s.Affinity != 0 {
+				if m.Affinity[target] == nil {
+					m.Affinity[target] = map[netip.AddrPort]time.Duration{}
+				}
+				m.Affinity[target][front] = lasts(s.Affinity)
+			}
 		}
 	})
 	return m
@@ -122,7 +129,16 @@ func (n *network) modelService(t testing.TB, number uint32) model.Service {
 		t.Fatal(err)
 	}
 	s := model.Service{Number: number, Candidates: map[uint32][]uint32{}, Independent: word>>40&uint64(bpfServiceFlagSERVICE_INDEPENDENT) != 0,
-		Orders: word>>40&uint64(bpfServiceFlagSERVICE_ORDERS) != 0}
+		Orders:   word>>40&uint64(bpfServiceFlagSERVICE_ORDERS) != 0,
+		Affinity: word>>40&uint64(bpfServiceFlagSERVICE_AFFINITY) != 0}
+	if word>>40&uint64(bpfServiceFlagSERVICE_RANGES) != 0 {
+		s.Ranges = []netip.Prefix{}
+		each(t, n.SourceRanges, func(key bpfSourceKey, _ uint32) {
+			if bits.ReverseBytes32(key.Service) == number {
+				s.Ranges = append(s.Ranges, prefixOf(bpfLbNodeKey{PrefixLen: key.PrefixLen - 32, Address: key.Address}))
+			}
+		})
+	}
 	if log2 := word >> 32 & 0xff; log2 != 0 {
 		for i := range uint32(1) << log2 {
 			var slot uint64
@@ -147,12 +163,18 @@ func (n *network) modelBackend(t testing.TB, row bpfBackend) model.Backend {
 	b := model.Backend{Target: netip.AddrPortFrom(addrOf(row.Address), swap16(row.Port)),
 		Usable: row.Word>>56 == uint64(bpfBackendStateBACKEND_ACTIVE) || row.Word>>56 == uint64(bpfBackendStateBACKEND_DRAINING),
 		Tunnel: addrOf(row.Tunnel), Generation: uint32(row.Word>>32) & 0xffffff}
+	b.Active = row.Word>>56 == uint64(bpfBackendStateBACKEND_ACTIVE)
 	b.Owns = b.Usable || row.Word>>56 == uint64(bpfBackendStateBACKEND_FAILING)
 	binary.NativeEndian.PutUint64(b.Tag[:], row.Tag)
 	switch bpfMode(row.Mode) {
 	case bpfModeMODE_LOCAL:
 		b.Mode = model.Local
 		return b
+	case bpfModeMODE_L2:
+		b.Mode, b.Outer = model.L2, -20
+		if addrOf(row.Tunnel).Is6() {
+			b.Outer = -40
+		}
 	case bpfModeMODE_GENEVE:
 		b.Mode, b.Outer = model.Geneve, 8+8+4+32+4
 		if b.Target.Addr().Is6() {
@@ -276,7 +298,7 @@ func (w *twin) answer(t testing.TB, random *rand.Rand) {
 	if _, _, err := w.FairleadEgress.Test(frame); err != nil {
 		t.Fatal(err)
 	}
-	if !w.model.Flows.Answer(key, pod, segment, w.quietMoment(t)) {
+	if !w.model.Answer(key, pod, segment, w.quietMoment(t)) {
 		t.Fatalf("the model does not know the flow %v of %s", key, pod)
 	}
 	w.client(t, random, key, segment)
@@ -339,6 +361,25 @@ func (w *twin) compareFlows(t testing.TB) {
 	}
 }
 
+// compareClients compares who keeps which clients.
+func (w *twin) compareClients(t testing.TB) {
+	t.Helper()
+	got := map[model.Flow]model.Client{}
+	each(t, w.Affinities, func(key bpfFlowKey, v bpfAffinity) {
+		got[flowOf(key)] = model.Client{Pod: netip.AddrPortFrom(addrOf(v.Pod), swap16(v.PodPort)), Lasts: lasts(v.Affinity), Hash: v.Hash}
+	})
+	if len(got) != len(w.model.Flows.Clients) {
+		t.Errorf("%d clients are kept, by the model %d", len(got), len(w.model.Flows.Clients))
+	}
+	for key, want := range w.model.Flows.Clients {
+		plain := *want
+		plain.Seen = 0
+		if got[key] != plain {
+			t.Errorf("client %v is of\n\t%+v\nthe model's of\n\t%+v", key, got[key], plain)
+		}
+	}
+}
+
 func flowOf(key bpfFlowKey) model.Flow {
 	return model.Flow{Client: netip.AddrPortFrom(addrOf(key.Client), swap16(key.ClientPort)),
 		VIP: netip.AddrPortFrom(addrOf(key.Vip), swap16(key.VipPort)), Proto: key.Proto}
@@ -350,7 +391,7 @@ func entryOf(v bpfFlow) model.Entry {
 		Closed: has(bpfFlowFinFLOW_CLOSED), SYNACK: has(bpfFlowFinFLOW_SYN_ACK), FINClient: has(bpfFlowFinFLOW_FIN_CLIENT),
 		FINPod: has(bpfFlowFinFLOW_FIN_POD), FINPodAcked: has(bpfFlowFinFLOW_FIN_POD_ACKED),
 		PodISN: v.PodIsn, PodAck: v.PodAck, PodSeq: v.PodSeq, PodWindow: v.PodWindow, PodScale: v.PodScale,
-		ClientFIN: v.ClientFin, PodFIN: v.PodFin}
+		ClientFIN: v.ClientFin, PodFIN: v.PodFin, Affine: v.Affinity != 0}
 }
 
 // expectAll fails when a kind of verdict was hardly ever reached: then little

@@ -3,8 +3,11 @@
 package dataplane
 
 import (
+	"fmt"
 	"net/netip"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"fairlead.dev/fairlead/internal/lb"
 )
@@ -29,7 +32,8 @@ type owned struct {
 }
 
 // Owned reads the tables of flows, at most once in OwnedAge, however many ask.
-// Flows that are not confirmed yet count as owned too.
+// Flows that are not confirmed yet count as owned too, and so do clients that
+// affinity keeps.
 func (d *Dataplane) Owned() (*Ownership, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -43,26 +47,40 @@ func (d *Dataplane) Owned() (*Ownership, error) {
 	o := &Ownership{taken: now, of: map[owner]*owned{}}
 	var last *owned
 	var lastKey owner
+	add := func(key bpfFlowKey, pod bpfAddr, port uint16, hash uint64, flows uint32) {
+		k := owner{netip.AddrPortFrom(addrOf(key.Vip), swap16(key.VipPort)), netip.AddrPortFrom(addrOf(pod), swap16(port)), lb.Protocol(key.Proto)}
+		if last == nil || k != lastKey {
+			if lastKey, last = k, o.of[k]; last == nil {
+				last = &owned{}
+				o.of[k] = last
+			}
+		}
+		last.flows += flows
+		last.prefixes = append(last.prefixes, uint32(hash>>(64-maxBits)))
+	}
 	note := func(confirmed uint32) func(bpfFlowKey, *bpfFlow) {
 		return func(key bpfFlowKey, flow *bpfFlow) {
-			if bpfFlowFin(flow.Fins)&bpfFlowFinFLOW_CLOSED != 0 || flow.State == 0 {
-				return
+			if bpfFlowFin(flow.Fins)&bpfFlowFinFLOW_CLOSED == 0 && flow.State != 0 {
+				add(key, flow.Pod, flow.PodPort, flow.Hash, confirmed)
 			}
-			k := owner{netip.AddrPortFrom(addrOf(key.Vip), swap16(key.VipPort)), netip.AddrPortFrom(addrOf(flow.Pod), swap16(flow.PodPort)), lb.Protocol(key.Proto)}
-			if last == nil || k != lastKey {
-				if lastKey, last = k, o.of[k]; last == nil {
-					last = &owned{}
-					o.of[k] = last
-				}
-			}
-			last.flows += confirmed
-			last.prefixes = append(last.prefixes, uint32(flow.Hash>>(64-maxBits)))
 		}
 	}
 	if err := eachFlow(d.loaded.Flows, note(1)); err != nil {
 		return nil, err
 	}
 	if err := eachFlow(d.loaded.Pending, note(0)); err != nil {
+		return nil, err
+	}
+	var clock unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC_COARSE, &clock); err != nil {
+		return nil, fmt.Errorf("read the clock: %w", err)
+	}
+	err := eachFlow(d.loaded.Affinities, func(key bpfFlowKey, a *bpfAffinity) {
+		if d.receiver.keeps(key, a, uint64(clock.Nano())) {
+			add(key, a.Pod, a.PodPort, a.Hash, 0)
+		}
+	})
+	if err != nil {
 		return nil, err
 	}
 	d.ownership = o

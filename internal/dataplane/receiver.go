@@ -5,6 +5,7 @@ package dataplane
 import (
 	"fmt"
 	"net/netip"
+	"time"
 
 	"fairlead.dev/fairlead/internal/lb"
 )
@@ -85,6 +86,25 @@ func (r *receiver) purge(gone map[bpfPodKey]bool) error {
 	return nil
 }
 
+// affinityCoarse is where seconds become units of four, see struct vip_port.
+const affinityCoarse = 0x8000
+
+func affinityCode(d time.Duration) uint16 {
+	seconds := (d + time.Second - 1) / time.Second
+	if seconds < affinityCoarse {
+		return uint16(seconds)
+	}
+	return affinityCoarse + uint16(min((seconds+3)/4, affinityCoarse-1))
+}
+
+// lasts is its inverse.
+func lasts(code uint16) time.Duration {
+	if code < affinityCoarse {
+		return time.Duration(code) * time.Second
+	}
+	return 4 * time.Duration(code-affinityCoarse) * time.Second
+}
+
 func podKey(p lb.Pod) bpfPodKey {
 	return bpfPodKey{Address: bpfAddrOf(p.Target.Addr()), Port: swap16(p.Target.Port()), Proto: uint8(p.Protocol)}
 }
@@ -107,6 +127,9 @@ func (r *receiver) wanted(plan lb.Plan) (map[bpfPodKey]bpfPod, map[bpfLbNodeKey]
 		value := bpfPod{Count: uint32(len(pod.Serves))}
 		for i, vip := range pod.Serves {
 			value.Serves[i] = bpfVipPort{Vip: bpfAddrOf(vip.Addr()), Port: swap16(vip.Port())}
+			if len(pod.Affinity) > 0 {
+				value.Serves[i].Affinity = affinityCode(pod.Affinity[i])
+			}
 		}
 		pods[podKey(pod)] = value
 	}

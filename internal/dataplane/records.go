@@ -8,8 +8,6 @@ import (
 	"net/netip"
 
 	"github.com/cilium/ebpf"
-
-	"fairlead.dev/fairlead/internal/lb"
 )
 
 // Record is a flow that began while its slot was contested, of a service that
@@ -18,6 +16,9 @@ type Record struct {
 	Hash   uint64
 	Target netip.AddrPort
 }
+
+// heldModes are those of servers that hold the VIP.
+var heldModes = map[bpfMode]bool{bpfModeMODE_IPIP: true, bpfModeMODE_L2: true}
 
 // Recording says whether flows may be recorded now: whether any slot of a
 // service that nobody can be asked about is contested.
@@ -28,7 +29,7 @@ func (d *Dataplane) Recording() bool {
 		return false
 	}
 	for _, f := range d.balancer.frontends {
-		if f.applied.Mode == lb.ModeIPIP && f.table.Contested() > 0 {
+		if f.applied.Mode.Held() && f.table.Contested() > 0 {
 			return true
 		}
 	}
@@ -53,7 +54,7 @@ func (d *Dataplane) Records() ([]Record, error) {
 				continue
 			}
 			row := &d.maps.backends[values[i].Backend]
-			if bpfMode(row.Mode) == bpfModeMODE_IPIP && uint32(row.Word>>generationShift)&generationMask == values[i].Generation {
+			if heldModes[bpfMode(row.Mode)] && uint32(row.Word>>generationShift)&generationMask == values[i].Generation {
 				all = append(all, Record{keys[i], netip.AddrPortFrom(addrOf(row.Address), swap16(row.Port))})
 			}
 		}
@@ -76,7 +77,7 @@ func (d *Dataplane) Record(records []Record) error {
 	}
 	numbers := map[netip.AddrPort]*backend{}
 	for id, known := range d.balancer.backends {
-		if id.Mode == lb.ModeIPIP {
+		if id.Mode.Held() {
 			numbers[id.Target] = known
 		}
 	}

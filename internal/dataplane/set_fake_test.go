@@ -72,6 +72,9 @@ func newFakeOf(tb testing.TB, limits Limits) *fake {
 		services: &fakeMap[bpfServiceKey, uint32]{map[bpfServiceKey]uint32{}, fails},
 		pods:     &fakeMap[bpfPodKey, bpfPod]{map[bpfPodKey]bpfPod{}, fails},
 		lbNodes:  &fakeMap[bpfLbNodeKey, uint32]{map[bpfLbNodeKey]uint32{}, fails},
+
+		sourceRanges: &fakeMap[bpfSourceKey, uint32]{map[bpfSourceKey]uint32{}, fails},
+		limits:       &fakeMap[uint32, bpfServiceLimit]{map[uint32]bpfServiceLimit{}, fails},
 	}
 	f.balancer = newBalancer(f.maps, limits, flowhash.Secret{1, 2, 3}.Tag)
 	var err error

@@ -236,5 +236,8 @@ func (d *Dataplane) capacity() []Capacity {
 		{"flows", d.flows, limits.Flows},
 		{"pending", -1, limits.Pending},
 		{"fragments", -1, limits.Fragments},
+		{"source_ranges", b.ranges, limits.SourceRanges},
+		{"clients", -1, limits.Clients},
+		{"affinities", d.affinities, limits.Affinities},
 	}
 }

@@ -43,12 +43,45 @@ func (d *Dataplane) Sweep() (flows int, err error) {
 		}
 	}
 	d.flows = flows - len(idle)
-	return d.flows, nil
+	return d.flows, d.sweepAffinities(uint64(now.Nano()))
 }
 
-// eachFlow calls f with each entry of flows or pending.
-func eachFlow(m *ebpf.Map, f func(bpfFlowKey, *bpfFlow)) error {
-	keys, values := make([]bpfFlowKey, sweepBatch), make([]bpfFlow, sweepBatch)
+// sweepAffinities removes those that keep no client any more.
+func (d *Dataplane) sweepAffinities(now uint64) error {
+	d.affinities = 0
+	var over []bpfFlowKey
+	err := eachFlow(d.loaded.Affinities, func(key bpfFlowKey, a *bpfAffinity) {
+		if d.receiver.keeps(key, a, now) {
+			d.affinities++
+		} else {
+			over = append(over, key)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	for _, key := range over {
+		if err := d.loaded.Affinities.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("remove an affinity: %w", err)
+		}
+	}
+	return nil
+}
+
+// keeps says whether a client still belongs to a Pod.
+func (r *receiver) keeps(key bpfFlowKey, a *bpfAffinity, now uint64) bool {
+	pod := r.pods[bpfPodKey{Address: a.Pod, Port: a.PodPort, Proto: key.Proto}]
+	for _, serves := range pod.Serves[:pod.Count] {
+		if serves.Vip == key.Vip && serves.Port == key.VipPort {
+			return serves.Affinity != 0 && now < a.Seen+uint64(lasts(a.Affinity))
+		}
+	}
+	return false
+}
+
+// eachFlow calls f with each entry of a map whose keys are flows'.
+func eachFlow[V any](m *ebpf.Map, f func(bpfFlowKey, *V)) error {
+	keys, values := make([]bpfFlowKey, sweepBatch), make([]V, sweepBatch)
 	var cursor ebpf.MapBatchCursor
 	for {
 		n, err := m.BatchLookup(&cursor, keys, values, nil)

@@ -25,7 +25,10 @@ func (d *Dataplane) Verify(want Desired) error {
 	if len(attached) != len(d.config.Interfaces) {
 		return fmt.Errorf("our XDP program is on %d of %d interfaces", len(attached), len(d.config.Interfaces))
 	}
-	return errors.Join(d.balancer.verify(want.Plan), d.receiver.verify(want.Plan))
+	if err := errors.Join(d.balancer.verify(want.Plan), d.receiver.verify(want.Plan)); err != nil {
+		return err
+	}
+	return d.balancer.verifyGates(want.Plan)
 }
 
 func (b *balancer) verify(plan lb.Plan) error {

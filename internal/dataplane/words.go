@@ -73,8 +73,17 @@ func serviceWord(offset, bits uint32, f lb.Frontend) uint64 {
 	if f.Independent {
 		word |= uint64(bpfServiceFlagSERVICE_INDEPENDENT) << serviceFlagsShift
 	}
-	if f.Mode == lb.ModeIPIP {
+	if f.Mode.Held() {
 		word |= uint64(bpfServiceFlagSERVICE_ORDERS) << serviceFlagsShift
+	}
+	if len(f.SourceRanges) > 0 {
+		word |= uint64(bpfServiceFlagSERVICE_RANGES) << serviceFlagsShift
+	}
+	if f.Limits != (lb.Limits{}) {
+		word |= uint64(bpfServiceFlagSERVICE_LIMITS) << serviceFlagsShift
+	}
+	if f.Affinity > 0 {
+		word |= uint64(bpfServiceFlagSERVICE_AFFINITY) << serviceFlagsShift
 	}
 	return word
 }
@@ -98,7 +107,7 @@ func vipBit(vip netip.Addr) (word uint32, mask uint64) {
 }
 
 var modes = map[lb.Mode]bpfMode{
-	lb.ModeGeneve: bpfModeMODE_GENEVE, lb.ModeIPIP: bpfModeMODE_IPIP, lb.ModeLocal: bpfModeMODE_LOCAL,
+	lb.ModeGeneve: bpfModeMODE_GENEVE, lb.ModeIPIP: bpfModeMODE_IPIP, lb.ModeLocal: bpfModeMODE_LOCAL, lb.ModeL2: bpfModeMODE_L2,
 }
 
 // targetOf is where a backend's packets are delivered.
@@ -117,7 +126,7 @@ func backendRow(b lb.Backend, tag [8]byte) bpfBackend {
 	if b.ID.Tunnel.IsValid() {
 		row.Tunnel = bpfAddrOf(b.ID.Tunnel)
 	}
-	if b.ID.Tunnel.Is4() {
+	if b.ID.Tunnel.Is4() && b.ID.Mode != lb.ModeL2 {
 		row.OuterSum = outerSum(b.ID)
 	}
 	return row

@@ -37,6 +37,8 @@ var (
 	noVIP         = warningRule("FL0204", "a Service without an address", "set status.loadBalancer.ingress, or the annotation fairlead.dev/addresses")
 	outsidePools  = errorRule("FL0205", "a VIP that lies in no AddressPool", "add it to an AddressPool, or use an address of one")
 	portNames     = errorRule("FL0206", "ports of a Service that are not named apart", "give each port a name of its own")
+	badAffinity   = errorRule("FL0207", "a session affinity that a Service cannot have", "use ClientIP with 1 to 86400 seconds, or None")
+	rangesOpen    = warningRule("FL0208", "a VIP is open to all clients, though the Service has source ranges of the other family", "add ranges of its family; as with kube-proxy, a family without any is not filtered")
 	wrongFamily   = errorRule("FL0301", "an address of another family than its EndpointSlice says", "put it into an EndpointSlice of its own family")
 	noSuchService = warningRule("FL0302", "an EndpointSlice or ServicePolicy of a Service that is not known", "add the Service, or correct the name (label kubernetes.io/service-name, or spec.targetRefs)")
 	unsafe        = warningRule("FL0303", "an endpoint that must not be a backend", "correct the endpoint; until then it gets nothing")
@@ -47,5 +49,5 @@ var (
 // Rules are all kinds of findings of this package.
 var Rules = []*lb.Rule{unreadable, notYAML, tooLarge, hasAlias, unknownKind, unknownField, wrongType, duplicate, noName, duplicateKey,
 	badAddress, badPrefix, badPort, badRole, badTunnel, badPolicy, overlap,
-	badProtocol, noPorts, duplicatePort, noVIP, outsidePools, portNames,
+	badProtocol, noPorts, duplicatePort, noVIP, outsidePools, portNames, badAffinity, rangesOpen,
 	wrongFamily, noSuchService, unsafe, portsDiffer, noEndpoints}

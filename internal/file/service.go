@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -30,6 +31,7 @@ func (b *builder) addService(o *object, v *corev1.Service) {
 	s.ID = lb.ServiceID{Namespace: cmp.Or(v.Namespace, "default"), Name: v.Name}
 	s.Policy = lb.Policy{Mode: lb.ModeGeneve}
 	s.PublishNotReady = v.Spec.PublishNotReadyAddresses
+	s.SourceRanges, s.Affinity = sourceRanges(o, v), affinity(o, v)
 	s.VIPs = vips(o, v)
 	if len(s.VIPs) == 0 {
 		o.find(noVIP, "status.loadBalancer.ingress", "nothing is balanced for it")
@@ -82,6 +84,60 @@ func vips(o *object, v *corev1.Service) []netip.Addr {
 	return slices.Compact(found)
 }
 
+// sourceRanges are the clients that may come. Kubernetes allows white space
+// around them, and bits behind their length.
+func sourceRanges(o *object, v *corev1.Service) []netip.Prefix {
+	var found []netip.Prefix
+	for i, text := range v.Spec.LoadBalancerSourceRanges {
+		p, err := netip.ParsePrefix(strings.TrimSpace(text))
+		if err != nil || p.Addr().Is4In6() {
+			o.find(badPrefix, fmt.Sprintf("spec.loadBalancerSourceRanges[%d]", i), "%q is not a prefix", text)
+			continue
+		}
+		found = append(found, p.Masked())
+	}
+	if len(found) > sourceRangesMost {
+		o.find(badPrefix, "spec.loadBalancerSourceRanges", "%d are more than %d", len(found), sourceRangesMost)
+		return nil
+	}
+	slices.SortFunc(found, netip.Prefix.Compare)
+	return slices.Compact(found)
+}
+
+// checkRanges tells of VIPs that are open to all though the Service has ranges.
+func (s *service) checkRanges() {
+	for _, vip := range s.VIPs {
+		ofFamily := func(p netip.Prefix) bool { return p.Addr().Is4() == vip.Is4() }
+		if len(s.SourceRanges) > 0 && !slices.ContainsFunc(s.SourceRanges, ofFamily) {
+			s.object.find(rangesOpen, "spec.loadBalancerSourceRanges", "%s has none of its family", vip)
+		}
+	}
+}
+
+// Of one Service.
+const sourceRangesMost = 10000
+
+func affinity(o *object, v *corev1.Service) time.Duration {
+	const defaultSeconds, mostSeconds = 10800, 86400 // as Kubernetes has them
+	switch v.Spec.SessionAffinity {
+	case "", corev1.ServiceAffinityNone:
+		return 0
+	case corev1.ServiceAffinityClientIP:
+	default:
+		o.find(badAffinity, "spec.sessionAffinity", "%q is neither None nor ClientIP", v.Spec.SessionAffinity)
+		return 0
+	}
+	seconds := int32(defaultSeconds)
+	if c := v.Spec.SessionAffinityConfig; c != nil && c.ClientIP != nil && c.ClientIP.TimeoutSeconds != nil {
+		seconds = *c.ClientIP.TimeoutSeconds
+	}
+	if seconds < 1 || seconds > mostSeconds {
+		o.find(badAffinity, "spec.sessionAffinityConfig.clientIP.timeoutSeconds", "%d is not between 1 and %d", seconds, mostSeconds)
+		return 0
+	}
+	return time.Duration(seconds) * time.Second
+}
+
 func protocol(o *object, p *corev1.Protocol, field string) (lb.Protocol, bool) {
 	if p == nil {
 		return lb.TCP, true
@@ -132,6 +188,7 @@ func (b *builder) addSlice(o *object, v *discoveryv1.EndpointSlice) {
 	for i, e := range v.Endpoints {
 		if endpoint, ok := endpointOf(o, v.AddressType, e, fmt.Sprintf("endpoints[%d]", i)); ok {
 			endpoint.Ports = ports
+			endpoint.Weight = weightOf(s.weights, endpoint.Address, v.Labels)
 			s.Endpoints = append(s.Endpoints, endpoint)
 		}
 	}
@@ -180,7 +237,7 @@ func (s *service) checkEndpoints(forbidden map[netip.Addr]string) {
 		for _, e := range s.Endpoints {
 			number, ok := e.Ports[key]
 			found = found || ok
-			if ok && s.Policy.Mode == lb.ModeIPIP && number != port.Port {
+			if ok && s.Policy.Mode.Held() && number != port.Port {
 				s.object.find(portsDiffer, fmt.Sprintf("spec.ports[%d].port", i), "%d at %s, %d at the Service", number, e.Address, port.Port)
 			}
 		}

@@ -17,12 +17,11 @@ import (
 )
 
 const (
-	kindService  = "v1 Service"
-	kindSlice    = "discovery.k8s.io/v1 EndpointSlice"
-	kindNode     = v1alpha1.APIVersion + " Node"
-	kindPool     = v1alpha1.APIVersion + " AddressPool"
-	kindPolicy   = v1alpha1.APIVersion + " ServicePolicy"
-	largestTable = 131072
+	kindService = "v1 Service"
+	kindSlice   = "discovery.k8s.io/v1 EndpointSlice"
+	kindNode    = v1alpha1.APIVersion + " Node"
+	kindPool    = v1alpha1.APIVersion + " AddressPool"
+	kindPolicy  = v1alpha1.APIVersion + " ServicePolicy"
 )
 
 // kinds are the objects that are read; each is a value to decode into.
@@ -54,6 +53,7 @@ type service struct {
 	lb.Service
 	object   *object
 	policied *object
+	weights  []weight
 	slices   bool // any EndpointSlice names it
 }
 
@@ -206,58 +206,6 @@ func (b *builder) addPool(o *object, v *v1alpha1.AddressPool) {
 	b.snapshot.Pools = append(b.snapshot.Pools, pool)
 }
 
-func (b *builder) addPolicy(o *object, v *v1alpha1.ServicePolicy) {
-	policy := lb.Policy{Name: v.Name, Mode: lb.ModeGeneve}
-	switch v.Spec.Mode {
-	case "", v1alpha1.ModeGeneve:
-	case v1alpha1.ModeIPIP:
-		policy.Mode = lb.ModeIPIP
-	default:
-		o.find(badPolicy, "spec.mode", "%q is neither Geneve nor IPIP", v.Spec.Mode)
-	}
-	switch v.Spec.Datagrams {
-	case "", v1alpha1.DatagramsStream:
-	case v1alpha1.DatagramsIndependent:
-		policy.Independent = true
-	default:
-		o.find(badPolicy, "spec.datagrams", "%q is neither Stream nor Independent", v.Spec.Datagrams)
-	}
-	size := v.Spec.TableSize
-	if size != 0 && (size < 256 || size > largestTable || size&(size-1) != 0) {
-		o.find(badPolicy, "spec.tableSize", "%d is no power of two from 256 to %d", size, largestTable)
-		size = 0
-	}
-	policy.TableSize = uint32(size)
-	switch per := v.Spec.SlotsPerBackend; {
-	case per != 0 && (per < 10 || per > 1000):
-		o.find(badPolicy, "spec.slotsPerBackend", "%d is not between 10 and 1000", per)
-	case per != 0 && size != 0:
-		o.find(badPolicy, "spec.slotsPerBackend", "tableSize fixes the size already; set one of both")
-	default:
-		policy.SlotsPerBackend = uint32(per)
-	}
-	if policy.DrainTimeout = v.Spec.Drain.Timeout.Duration; policy.DrainTimeout < 0 {
-		o.find(badPolicy, "spec.drain.timeout", "%s is negative", policy.DrainTimeout)
-		policy.DrainTimeout = 0
-	}
-	if len(v.Spec.TargetRefs) == 0 {
-		o.find(badPolicy, "spec.targetRefs", "empty: it names no Service")
-	}
-	for i, ref := range v.Spec.TargetRefs {
-		field := fmt.Sprintf("spec.targetRefs[%d].name", i)
-		id := lb.ServiceID{Namespace: cmp.Or(v.Namespace, "default"), Name: ref.Name}
-		s := b.services[id]
-		switch {
-		case s == nil:
-			o.find(noSuchService, field, "there is no Service %s of type LoadBalancer", id)
-		case s.policied != nil:
-			o.find(badPolicy, field, "Service %s has %s already", id, s.policied.name)
-		default:
-			s.Policy, s.policied = policy, o
-		}
-	}
-}
-
 // finish checks what only shows when everything is known.
 func (b *builder) finish() {
 	slices.SortFunc(b.order, func(x, y *service) int {
@@ -268,6 +216,7 @@ func (b *builder) finish() {
 	owners, forbidden := map[lb.FrontendID]*service{}, b.forbidden()
 	for _, s := range b.order {
 		b.checkVIPs(s, owners)
+		s.checkRanges()
 		s.checkEndpoints(forbidden)
 		b.snapshot.Services = append(b.snapshot.Services, s.Service)
 	}

@@ -86,6 +86,8 @@ func (l *Locator) Node(e *Endpoint) *Node {
 func (l *Locator) Reach(e *Endpoint, mode Mode, vip netip.Addr) (tunnels []netip.Addr, problem string) {
 	node := l.Node(e)
 	switch {
+	case mode == ModeL2:
+		return []netip.Addr{e.Address}, ""
 	case mode == ModeIPIP && (node == nil || !node.Backend):
 		// A plain server decapsulates by itself.
 		tunnels = []netip.Addr{e.Address}

@@ -31,6 +31,8 @@ type Plan struct {
 	// Peers are the other LB nodes, which an LB node tells what it recorded,
 	// sorted by name.
 	Peers []Peer
+	// Probes are what an LB node probes, sorted by service, target, protocol.
+	Probes []Probe
 }
 
 // FrontendID is where clients connect.
@@ -56,10 +58,13 @@ type Frontend struct {
 	Service     ServiceID
 	PortName    string
 	Independent bool
-	Mode        Mode // of its policy: ModeGeneve or ModeIPIP
+	Mode        Mode // of its policy, never ModeLocal
 	// DrainTimeout is how long a backend may be in another state than Active; 0:
 	// as long as it likes.
 	DrainTimeout time.Duration
+	SourceRanges []netip.Prefix
+	Affinity     time.Duration
+	Limits       Limits
 	// TableSize is the number of slots: a power of two, 256 to 131072, or 0
 	// when there is no backend at all.
 	TableSize uint32
@@ -97,7 +102,7 @@ func (s BackendState) String() string {
 // keys of lookup tables are made of; Tunnel, Mode and Local are this node's.
 type BackendID struct {
 	Target netip.AddrPort // the Pod; in mode ipip the server itself
-	Tunnel netip.Addr     // outer destination; zero in ModeLocal
+	Tunnel netip.Addr     // outer destination, in ModeL2 the target; zero in ModeLocal
 	Mode   Mode
 	UID    string // of the Pod; "" when unknown
 	// Local is ModeLocal's key into Pods: Target, or the frontend's own VIP and
@@ -121,6 +126,8 @@ type Pod struct {
 	Serves   []netip.AddrPort // VIPs and ports, sorted, 1 to 8
 	Service  ServiceID        // the first that it serves
 	UID      string           // of the Pod, "" when unknown: another has none of its flows
+	// Affinity is that of each of Serves. A Pod that takes no new flows has none.
+	Affinity []time.Duration
 }
 
 // LBNode is a source of tunnel packets.

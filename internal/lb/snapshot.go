@@ -39,8 +39,13 @@ type Mode string
 const (
 	ModeGeneve Mode = "Geneve"
 	ModeIPIP   Mode = "IPIP"
+	ModeL2     Mode = "L2"
 	ModeLocal  Mode = "Local"
 )
+
+// Held says whether the server holds the VIP itself. Then nobody translates, and
+// nobody can be asked which flows it has.
+func (m Mode) Held() bool { return m == ModeIPIP || m == ModeL2 }
 
 // Snapshot is all that is known, from one source at one moment. Slices are
 // sorted by the key of their elements.
@@ -69,6 +74,11 @@ type Service struct {
 	// slices: for each port the readiest counts.
 	Endpoints []Endpoint
 	Policy    Policy
+	// SourceRanges are the clients that may come, sorted; none: all may.
+	SourceRanges []netip.Prefix
+	// Affinity is how long the flows of one client go to the same backend after
+	// the last; 0: each flow for itself.
+	Affinity time.Duration
 	// PublishNotReady counts endpoints that are not ready as ready.
 	PublishNotReady bool
 }
@@ -102,7 +112,7 @@ type PortKey struct {
 // Policy is what a ServicePolicy says of a Service, defaults filled in.
 type Policy struct {
 	Name string // of the ServicePolicy; "" for the defaults
-	Mode Mode   // ModeGeneve or ModeIPIP
+	Mode Mode   // as configured
 	// TableSize fixes the number of slots (a power of two, 256 to 131072);
 	// 0 derives it from the number of backends.
 	TableSize uint32
@@ -114,7 +124,19 @@ type Policy struct {
 	// DrainTimeout bounds how long a backend that takes no new flows keeps those
 	// that it has; 0: until its endpoint goes.
 	DrainTimeout time.Duration
+	Check        Check
+	Limits       Limits
 }
+
+// Limits bound what clients may send to one port of a service, by way of one LB
+// node.
+type Limits struct {
+	All       Rate
+	PerClient Rate // each IPv4 address, or IPv6 /64
+}
+
+// Rate is so much in a second; 0 is no limit.
+type Rate struct{ Connections, Packets, Bits uint64 }
 
 // Node is one machine of the shard.
 type Node struct {

@@ -32,12 +32,16 @@ type denial struct {
 type ask struct {
 	d          Decision
 	service    Service
+	flow       uint64 // its own hash: the key of what is remembered about it
 	own        uint32 // the flow's own slot
 	candidates []uint32
 }
 
-func (n *Node) locate(s Service, hash uint64) (ask, Reason) {
-	a := ask{d: Decision{Service: s.Number, Hash: hash}, service: s}
+func (n *Node) locate(s Service, p packet, hash uint64) (ask, Reason) {
+	a := ask{d: Decision{Service: s.Number, Hash: hash}, service: s, flow: hash}
+	if s.Affinity {
+		a.flow = n.hash(p)
+	}
 	if len(s.Slots) == 0 {
 		return a, noBackend
 	}
@@ -75,7 +79,7 @@ func (n *Node) attempted(a *ask, attempt int) uint32 {
 	case len(a.candidates) == 0:
 		return 0
 	case attempt == attemptHint:
-		return n.hinted(n.hints, a.d.Hash)
+		return n.hinted(n.hints, a.flow)
 	case attempt-attemptCandidate < len(a.candidates):
 		return a.candidates[attempt-attemptCandidate]
 	}
@@ -85,11 +89,11 @@ func (n *Node) attempted(a *ask, attempt int) uint32 {
 // askFirst decides about a packet of a contested slot.
 func (n *Node) askFirst(frame []byte, p packet, a *ask, now time.Duration) Reason {
 	switch {
-	case p.syn:
-		delete(n.hints, a.d.Hash)
-		reason := n.order(a, 0)
+	case p.syn && (a.service.Orders || !a.service.Affinity):
+		delete(n.hints, a.flow)
+		reason := n.orderClient(a)
 		if reason == "" && a.service.Orders {
-			n.writeHint(&n.syns, a.d.Hash, a.d.Backend)
+			n.writeHint(&n.syns, a.flow, a.d.Backend)
 		}
 		return reason
 	case p.proto == UDP && a.service.Independent:
@@ -100,13 +104,30 @@ func (n *Node) askFirst(frame []byte, p packet, a *ask, now time.Duration) Reaso
 	return n.askNext(frame, p, a, attemptHint, now)
 }
 
+// orderClient gives a SYN to whom its client is on record, where affinity wants
+// that and there is nobody to ask; else to the slot's backend.
+func (n *Node) orderClient(a *ask) Reason {
+	if !a.service.Affinity {
+		return n.order(a, 0)
+	}
+	if number := n.hinted(n.hints, a.d.Hash); number != 0 && n.Backends[number].Active {
+		a.d.Verb, a.d.Attempt, a.d.Backend = verbDeliver, attemptOrder, number
+		return ""
+	}
+	reason := n.order(a, 0)
+	if reason == "" {
+		n.writeHint(&n.hints, a.d.Hash, a.d.Backend)
+	}
+	return reason
+}
+
 // orderRecorded is for services that nobody can be asked about: who was on
 // record, else the slot's backend from when the contest began.
 func (n *Node) orderRecorded(p packet, a *ask) Reason {
-	number := n.hinted(n.hints, a.d.Hash)
+	number := n.hinted(n.hints, a.flow)
 	if number == 0 {
-		if number = n.hinted(n.syns, a.d.Hash); number != 0 {
-			n.writeHint(&n.hints, a.d.Hash, number)
+		if number = n.hinted(n.syns, a.flow); number != 0 {
+			n.writeHint(&n.hints, a.flow, number)
 		}
 	}
 	for _, candidate := range slices.Backward(a.candidates) {
@@ -125,7 +146,7 @@ func (n *Node) orderRecorded(p packet, a *ask) Reason {
 func (n *Node) askNext(frame []byte, p packet, a *ask, from int, now time.Duration) Reason {
 	for attempt := from; attempt < attemptsMax; attempt++ {
 		number := n.attempted(a, attempt)
-		if number == 0 || !n.mayOwn(number, p.proto) {
+		if number == 0 || !n.mayOwn(number, p.proto) || p.syn && !n.Backends[number].Active {
 			continue
 		}
 		if n.Backends[number].Mode == Local && !n.ownedHere(frame, p, now) {
@@ -133,7 +154,7 @@ func (n *Node) askNext(frame []byte, p packet, a *ask, from int, now time.Durati
 		}
 		a.d.Verb, a.d.Attempt, a.d.Backend = verbAsk, uint8(attempt), number
 		if attempt >= attemptCandidate {
-			n.writeHint(&n.hints, a.d.Hash, number)
+			n.writeHint(&n.hints, a.flow, number)
 		}
 		return ""
 	}
@@ -145,12 +166,12 @@ func (n *Node) unowned(p packet, a *ask, now time.Duration) Reason {
 	if p.icmpError {
 		return icmpUnrelated
 	}
-	if p.proto == TCP && !n.unownedLong(a.d.Hash, now) {
+	if p.proto == TCP && !p.syn && !n.unownedLong(a.flow, now) {
 		return unownedFlow
 	}
 	reason := n.order(a, 0)
 	if reason == "" && len(a.candidates) > 0 {
-		n.writeHint(&n.hints, a.d.Hash, a.d.Backend)
+		n.writeHint(&n.hints, a.flow, a.d.Backend)
 	}
 	return reason
 }
@@ -199,8 +220,8 @@ func (n *Node) order(a *ask, skip uint32) Reason {
 // denied makes the next attempt for a packet, after one that failed.
 func (n *Node) denied(frame []byte, p packet, a ask, denier uint32, attempt uint8, now time.Duration) Decision {
 	a.d.Slot = a.own
-	if n.hints[a.d.Hash].backend == denier {
-		delete(n.hints, a.d.Hash)
+	if n.hints[a.flow].backend == denier {
+		delete(n.hints, a.flow)
 	}
 	var reason Reason
 	switch skip := attempt &^ attemptOrder; {

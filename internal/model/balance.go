@@ -48,7 +48,10 @@ func (n *Node) choose(frame []byte, p packet, now time.Duration) Decision {
 		}
 		return dropped(Decision{}, noService)
 	}
-	a, reason := n.locate(service, n.hash(p))
+	a, reason := n.locate(service, p, n.slotHash(service, p))
+	if reason == "" && !service.mayCome(p.src.Addr()) {
+		reason = sourceRange
+	}
 	if reason != "" {
 		return dropped(a.d, reason)
 	}
@@ -75,6 +78,23 @@ func (n *Node) choose(frame []byte, p packet, now time.Duration) Decision {
 
 func (n *Node) hash(p packet) uint64 {
 	return n.Key.Hash(p.src.Addr(), p.dst.Addr(), p.src.Port(), p.dst.Port(), p.proto)
+}
+
+// slotHash is what chooses the slot.
+func (n *Node) slotHash(s Service, p packet) uint64 {
+	if s.Affinity {
+		p.src = netip.AddrPortFrom(p.src.Addr(), 0)
+	}
+	return n.hash(p)
+}
+
+func (s Service) mayCome(client netip.Addr) bool {
+	for _, p := range s.Ranges {
+		if p.Contains(client) {
+			return true
+		}
+	}
+	return s.Ranges == nil
 }
 
 // send decides whether the packet can go to the backend that was chosen.

@@ -33,6 +33,7 @@ type Entry struct {
 	Closed bool // claims nothing: a SYN begins anew
 	Hash   uint64
 	Seen   time.Duration
+	Affine bool // its Pod keeps the client
 
 	// TCP, in the Pod's view.
 	SYNACK            bool // PodISN is known
@@ -49,6 +50,48 @@ func (e *Entry) pending() bool { return e.State < Established }
 // Flows are the truth at the backend's node.
 type Flows struct {
 	Confirmed, Pending map[Flow]*Entry
+	// Clients are whose a client is, by its flow without its port.
+	Clients map[Flow]*Client
+}
+
+// Client is a client that affinity keeps.
+type Client struct {
+	Pod   netip.AddrPort
+	Lasts time.Duration
+	Hash  uint64
+	Seen  time.Duration
+}
+
+func ofClient(key Flow) Flow {
+	key.Client = netip.AddrPortFrom(key.Client.Addr(), 0)
+	return key
+}
+
+// ownerOf returns the Pod that has a flow's client.
+func (n *Node) ownerOf(key Flow, now time.Duration) (Target, bool) {
+	c := n.Flows.Clients[ofClient(key)]
+	if c == nil || now-c.Seen >= c.Lasts {
+		return Target{}, false
+	}
+	owner := Target{c.Pod, key.Proto}
+	return owner, n.Affinity[owner][key.VIP] > 0
+}
+
+// keep notes that the Pod of a flow has its client, unless another has.
+func (n *Node) keep(key Flow, e *Entry, now time.Duration) {
+	if !e.Affine || e.pending() && key.Proto != UDP {
+		return
+	}
+	c := n.Flows.Clients[ofClient(key)]
+	ours := c != nil && c.Pod == e.Pod
+	lasts := n.Affinity[Target{e.Pod, key.Proto}][key.VIP]
+	if ours && now-c.Seen < time.Second || lasts == 0 {
+		return
+	}
+	if _, other := n.ownerOf(key, now); other && !ours {
+		return
+	}
+	n.Flows.Clients[ofClient(key)] = &Client{e.Pod, lasts, e.Hash, now}
 }
 
 func (f *Flows) find(key Flow, now time.Duration) *Entry {
@@ -90,10 +133,7 @@ func (n *Node) deliver(frame []byte, p packet, target Target, d Decision, now ti
 	case p.icmpError:
 		d.Pod = entry.Pod
 	case entry == nil || p.proto == TCP && entry.Closed && segment.Flags&(flagSYN|flagACK|flagRST) == flagSYN:
-		if d.Verb == verbAsk {
-			return deny()
-		}
-		switch reason := n.admit(key, target, segment, d.Hash, now); reason {
+		switch reason := n.admit(key, &target, segment, d, now); reason {
 		case "":
 		case tunnelPod:
 			return deny()
@@ -113,7 +153,12 @@ func (n *Node) deliver(frame []byte, p packet, target Target, d Decision, now ti
 
 // ownedHere says whether a Pod of this node owns the packet's flow.
 func (n *Node) ownedHere(frame []byte, p packet, now time.Duration) bool {
-	entry := n.Flows.find(Flow{p.src, p.dst, p.proto}, now)
+	key := Flow{p.src, p.dst, p.proto}
+	entry := n.Flows.find(key, now)
+	if (entry == nil || entry.Closed) && !p.icmpError && (p.proto == UDP || p.syn) {
+		_, owned := n.ownerOf(key, now)
+		return owned
+	}
 	if entry == nil {
 		return false
 	}
@@ -131,6 +176,8 @@ const repeats = 1 << 20
 func (e *Entry) claims(s Segment) bool {
 	ahead, behind := s.End-e.PodAck, e.PodAck-s.Seq
 	switch {
+	case e.State == HalfOpen && s.Flags&(flagSYN|flagACK|flagRST) == flagSYN:
+		return true
 	case e.State == HalfOpen && !e.SYNACK:
 		return false
 	case e.State == HalfOpen && s.Flags&flagRST != 0:
@@ -143,15 +190,30 @@ func (e *Entry) claims(s Segment) bool {
 	return e.State == Provisional || ahead <= e.PodWindow+1 || behind <= max(e.PodWindow, repeats)
 }
 
-// admit makes an entry for the Pod that was named, if it is of this node,
-// serves the VIP, and has no flow of the same client by way of another VIP.
-func (n *Node) admit(key Flow, target Target, s Segment, hash uint64, now time.Duration) Reason {
-	serves, ok := n.Pods[target]
-	if !ok {
+// admit makes an entry for the Pod that has the client already, or when it is an
+// order, for the one that was named, if it is of this node, serves the VIP, and
+// has no flow of the same client by way of another VIP. The reason tunnelPod
+// stands for a denial.
+func (n *Node) admit(key Flow, target *Target, s Segment, d Decision, now time.Duration) Reason {
+	asked, begins := d.Verb == verbAsk, key.Proto == UDP || s.Flags&(flagSYN|flagACK|flagRST) == flagSYN
+	serves, ok := n.Pods[*target]
+	if !ok || asked && !begins {
 		return tunnelPod
 	}
 	if !slices.Contains(serves, key.VIP) {
+		if asked {
+			return tunnelPod
+		}
 		return tunnelVIP
+	}
+	lasts := n.Affinity[*target][key.VIP]
+	owner, follows := n.ownerOf(key, now)
+	if follows = follows && begins && lasts > 0; follows {
+		*target = owner
+		serves = n.Pods[owner]
+	}
+	if asked && !follows {
+		return tunnelPod
 	}
 	for _, vip := range serves {
 		other := n.Flows.find(Flow{key.Client, vip, key.Proto}, now)
@@ -159,7 +221,7 @@ func (n *Node) admit(key Flow, target Target, s Segment, hash uint64, now time.D
 			return flowConflict
 		}
 	}
-	entry := &Entry{Pod: target.Address, State: Provisional, Hash: hash, Seen: now}
+	entry := &Entry{Pod: target.Address, State: Provisional, Hash: d.Hash, Seen: now, Affine: lasts > 0}
 	switch {
 	case key.Proto == UDP:
 		entry.State = Unanswered
@@ -169,7 +231,7 @@ func (n *Node) admit(key Flow, target Target, s Segment, hash uint64, now time.D
 		entry.PodScale = 14
 	}
 	if n.Flows.Pending == nil {
-		n.Flows = Flows{Confirmed: map[Flow]*Entry{}, Pending: map[Flow]*Entry{}}
+		n.Flows = Flows{Confirmed: map[Flow]*Entry{}, Pending: map[Flow]*Entry{}, Clients: map[Flow]*Client{}}
 	}
 	n.Flows.Pending[key] = entry
 	return ""
@@ -202,12 +264,14 @@ func (f *Flows) fromClient(key Flow, e *Entry, s Segment, now time.Duration) {
 
 // Answer notes what a Pod's packet tells of its flow, and returns whether it
 // has one.
-func (f *Flows) Answer(key Flow, pod netip.AddrPort, s Segment, now time.Duration) bool {
+func (n *Node) Answer(key Flow, pod netip.AddrPort, s Segment, now time.Duration) bool {
+	f := &n.Flows
 	e := f.find(key, now)
 	if e == nil || e.Pod != pod {
 		return false
 	}
 	e.Seen = now
+	n.keep(key, e, now)
 	switch {
 	case key.Proto == UDP:
 		if e.pending() {

@@ -224,7 +224,7 @@ func (w *world) send(f *flow, flags uint8) bool {
 			return false
 		}
 		w.bounced++
-		a, _ := b.node.locate(b.node.Services[Front{simVIP, f.key.Proto}], d.Hash)
+		a, _ := b.node.locate(b.node.Services[Front{simVIP, f.key.Proto}], p, d.Hash)
 		d = b.node.denied(frame, p, a, d.Backend, d.Attempt, w.now)
 	}
 	return false
@@ -247,7 +247,7 @@ func (w *world) answer(f *flow, worker *Node, at int, address netip.AddrPort, fl
 	case f.key.Proto == TCP && flags != flagSYN && f.owner != got:
 		w.wrong["reset"]++
 		f.over = true
-		worker.Flows.Answer(f.key, address, Segment{Flags: flagRST}, w.now)
+		worker.Answer(f.key, address, Segment{Flags: flagRST}, w.now)
 		return true
 	}
 	if f.owner == nil {
@@ -257,7 +257,7 @@ func (w *world) answer(f *flow, worker *Node, at int, address netip.AddrPort, fl
 	if flags == flagSYN {
 		segment = Segment{Seq: f.isn, End: f.isn + 1, Ack: f.sent + 1, Window: 60000, Flags: flagSYN | flagACK}
 	}
-	worker.Flows.Answer(f.key, address, segment, w.now)
+	worker.Answer(f.key, address, segment, w.now)
 	return true
 }
 

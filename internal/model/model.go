@@ -79,6 +79,7 @@ const (
 	tunnelBounce     Reason = "tunnel_bounce"
 	tunnelECN        Reason = "tunnel_ecn"
 	flowConflict     Reason = "flow_conflict"
+	sourceRange      Reason = "source_range"
 
 	// notIP is no reason to drop anything: the frame is nobody's concern.
 	notIP Reason = "not ip"
@@ -117,6 +118,9 @@ type Node struct {
 	// {Pod, port, protocol} serves.
 	LBNodes []netip.Prefix
 	Pods    map[Target][]netip.AddrPort
+	// Affinity is how long a Pod keeps the clients of what it serves; not there:
+	// not at all.
+	Affinity map[Target]map[netip.AddrPort]time.Duration
 
 	fragments   map[fragmentKey]fragmentPorts
 	hints, syns map[uint64]hint
@@ -142,6 +146,8 @@ type Service struct {
 	Candidates  map[uint32][]uint32 // by slot, newest first
 	Independent bool                // datagrams are never questions
 	Orders      bool                // there is nobody to ask
+	Affinity    bool                // the slot is of the client's address alone
+	Ranges      []netip.Prefix      // of the clients that may come; nil: all
 }
 
 // Backend is a backend that can be given packets.
@@ -150,6 +156,7 @@ type Backend struct {
 	Target netip.AddrPort
 	Outer  int  // bytes of the outer headers
 	MTU    int  // of the way to its node; 0: no next hop
+	Active bool // takes new flows
 	Usable bool // active or draining
 	Owns   bool // Usable, or failing: may own TCP flows
 
@@ -167,6 +174,7 @@ const (
 	Geneve Mode = iota + 1
 	IPIP
 	Local
+	L2
 )
 
 // Receive decides about a frame that came in, at a time since the beginning.

@@ -102,10 +102,10 @@ func (n *Node) bounce(frame []byte, outer packet, o option, now time.Duration) D
 		return dropped(Decision{}, reason)
 	}
 	service, ok := n.Services[Front{inner.dst, inner.proto}]
-	if !ok || n.hash(inner) != o.hash {
+	if !ok || n.slotHash(service, inner) != o.hash {
 		return dropped(Decision{}, tunnelBounce)
 	}
-	a, reason := n.locate(service, o.hash)
+	a, reason := n.locate(service, inner, o.hash)
 	if reason != "" || !n.mayDeny(&a, o.backend) {
 		return dropped(a.d, tunnelBounce)
 	}
@@ -120,7 +120,7 @@ func (n *Node) mayDeny(a *ask, denier uint32) bool {
 			return true
 		}
 	}
-	if n.hinted(n.hints, a.d.Hash) == denier {
+	if n.hinted(n.hints, a.flow) == denier {
 		return true
 	}
 	for i := range uint32(standInsMax + 1) {

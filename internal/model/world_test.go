@@ -221,7 +221,7 @@ func (w *world) apply(b *balancer) {
 	clear(b.node.Backends)
 	var takers []*pod
 	for p, state := range v.states {
-		b.node.Backends[b.numbers[p]] = Backend{Mode: Geneve, Target: p.address, Outer: 76, MTU: 9000, Usable: true, Owns: true, Generation: p.uid}
+		b.node.Backends[b.numbers[p]] = Backend{Mode: Geneve, Target: p.address, Outer: 76, MTU: 9000, Active: state == active, Usable: true, Owns: true, Generation: p.uid}
 		if state == active {
 			takers = append(takers, p)
 		}

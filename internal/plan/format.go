@@ -25,6 +25,15 @@ func Format(p lb.Plan) string {
 		if f.Independent {
 			b.WriteString(" independent")
 		}
+		if f.Affinity > 0 {
+			fmt.Fprintf(&b, " affinity %s", f.Affinity)
+		}
+		if len(f.SourceRanges) > 0 {
+			fmt.Fprintf(&b, " from %v", f.SourceRanges)
+		}
+		if f.Limits != (lb.Limits{}) {
+			fmt.Fprintf(&b, " limits %+v", f.Limits)
+		}
 		b.WriteString("\n")
 		for _, backend := range f.Backends {
 			fmt.Fprintf(&b, "  backend %s %s %s", backend.ID.Target, strings.ToLower(string(backend.ID.Mode)), backend.State)
@@ -35,7 +44,11 @@ func Format(p lb.Plan) string {
 		}
 	}
 	for _, pod := range p.Pods {
-		fmt.Fprintf(&b, "pod %s/%s serves %v\n", pod.Target, pod.Protocol, pod.Serves)
+		fmt.Fprintf(&b, "pod %s/%s serves %v", pod.Target, pod.Protocol, pod.Serves)
+		if len(pod.Affinity) > 0 {
+			fmt.Fprintf(&b, " affinity %v", pod.Affinity)
+		}
+		b.WriteString("\n")
 	}
 	for _, n := range p.Peers {
 		fmt.Fprintf(&b, "peer %s %s\n", n.Node, n.Address)

@@ -8,6 +8,7 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
+	"time"
 
 	"fairlead.dev/fairlead/internal/lb"
 	"fairlead.dev/fairlead/internal/maglev"
@@ -121,6 +122,7 @@ type candidate struct {
 	target   netip.AddrPort
 	endpoint *lb.Endpoint
 	rank     rank
+	state    lb.BackendState
 }
 
 // rank orders what an endpoint may be given, as KEP-1669 does.
@@ -143,7 +145,8 @@ func rankOf(s *lb.Service, e *lb.Endpoint) rank {
 }
 
 // candidates are the endpoints of a VIP's family that have the port, each
-// address and port once: the readiest of several.
+// address and port once: the readiest of several. Only if none is ready do those
+// that are terminating but still serve take new flows.
 func candidates(s *lb.Service, vip netip.Addr, port lb.ServicePort) []candidate {
 	var all []candidate
 	for i := range s.Endpoints {
@@ -152,12 +155,23 @@ func candidates(s *lb.Service, vip netip.Addr, port lb.ServicePort) []candidate 
 		if !ok || e.Address.Is4() != vip.Is4() {
 			continue
 		}
-		all = append(all, candidate{netip.AddrPortFrom(e.Address, number), e, rankOf(s, e)})
+		all = append(all, candidate{target: netip.AddrPortFrom(e.Address, number), endpoint: e, rank: rankOf(s, e)})
 	}
 	slices.SortStableFunc(all, func(a, b candidate) int {
 		return cmp.Or(a.target.Compare(b.target), cmp.Compare(b.rank, a.rank))
 	})
-	return slices.CompactFunc(all, func(a, b candidate) bool { return a.target == b.target })
+	all = slices.CompactFunc(all, func(a, b candidate) bool { return a.target == b.target })
+	anyReady := slices.ContainsFunc(all, func(c candidate) bool { return c.rank == usableAlways })
+	for i := range all {
+		all[i].state = lb.Active
+		switch {
+		case all[i].rank == failing:
+			all[i].state = lb.Failing
+		case all[i].rank == lastResort && anyReady:
+			all[i].state = lb.Draining
+		}
+	}
+	return all
 }
 
 // frontend chooses who takes new flows: the ready endpoints, and only if there
@@ -166,17 +180,8 @@ func candidates(s *lb.Service, vip netip.Addr, port lb.ServicePort) []candidate 
 func (p *planner) frontend(s *lb.Service, vip netip.Addr, port lb.ServicePort) lb.Frontend {
 	f := lb.Frontend{ID: lb.FrontendID{VIP: vip, Port: port.Port, Protocol: port.Protocol}, Service: s.ID, PortName: port.Name,
 		Independent: s.Policy.Independent && port.Protocol == lb.UDP, Mode: s.Policy.Mode,
-		DrainTimeout: s.Policy.DrainTimeout}
-	all := candidates(s, vip, port)
-	anyReady := slices.ContainsFunc(all, func(c candidate) bool { return c.rank == usableAlways })
-	for _, c := range all {
-		state := lb.Active
-		switch {
-		case c.rank == failing:
-			state = lb.Failing
-		case c.rank == lastResort && anyReady:
-			state = lb.Draining
-		}
+		DrainTimeout: s.Policy.DrainTimeout, SourceRanges: rangesFor(s.SourceRanges, vip), Affinity: s.Affinity, Limits: s.Policy.Limits}
+	for _, c := range candidates(s, vip, port) {
 		if p.cut[podKey{c.target, port.Protocol}][netip.AddrPortFrom(vip, port.Port)] {
 			continue
 		}
@@ -185,7 +190,7 @@ func (p *planner) frontend(s *lb.Service, vip netip.Addr, port lb.ServicePort) l
 			p.findings = append(p.findings, Unreachable.At("Service "+s.ID.String(), "endpoints", "%s %s", c.target, problem))
 			continue
 		}
-		backend := lb.Backend{ID: id, Weight: c.endpoint.Weight, State: state}
+		backend := lb.Backend{ID: id, Weight: c.endpoint.Weight, State: c.state}
 		if node := p.locate.Node(c.endpoint); node != nil {
 			backend.Node = node.Name
 		}
@@ -200,6 +205,18 @@ func (p *planner) frontend(s *lb.Service, vip netip.Addr, port lb.ServicePort) l
 	return f
 }
 
+// rangesFor are those of a VIP's family. As kube-proxy does, a VIP is open to all
+// when there are none of its own.
+func rangesFor(all []netip.Prefix, vip netip.Addr) []netip.Prefix {
+	var of []netip.Prefix
+	for _, p := range all {
+		if p.Addr().Is4() == vip.Is4() {
+			of = append(of, p)
+		}
+	}
+	return of
+}
+
 // reach says how this node's packets come to an endpoint.
 func (p *planner) reach(s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) (lb.BackendID, string) {
 	id := lb.BackendID{Target: c.target, UID: c.endpoint.UID, Mode: s.Policy.Mode}
@@ -211,7 +228,7 @@ func (p *planner) reach(s *lb.Service, vip netip.Addr, port lb.ServicePort, c ca
 	}
 	if p.locate.Node(c.endpoint) == p.self && p.self.Backend {
 		id.Mode, id.Local = lb.ModeLocal, c.target
-		if s.Policy.Mode == lb.ModeIPIP {
+		if s.Policy.Mode.Held() {
 			id.Local = netip.AddrPortFrom(vip, port.Port)
 		}
 		return id, ""
@@ -238,29 +255,40 @@ type podKey struct {
 // pods are this node's targets, whatever their condition: flows that they have
 // are answered until the endpoint is gone.
 func (p *planner) pods(services []lb.Service) []lb.Pod {
-	found := map[podKey]*lb.Pod{}
+	found, affinity := map[podKey]*lb.Pod{}, map[podKey]map[netip.AddrPort]time.Duration{}
 	p.each(services, func(s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) {
-		cut := p.cut[podKey{c.target, port.Protocol}][netip.AddrPortFrom(vip, port.Port)]
-		if p.locate.Node(c.endpoint) == p.self && !cut && lb.Unusable(c.target.Addr()) == "" && !p.vips[c.target.Addr()] {
-			serve(found, s, vip, port, c)
+		front := netip.AddrPortFrom(vip, port.Port)
+		if p.locate.Node(c.endpoint) != p.self || p.cut[podKey{c.target, port.Protocol}][front] || lb.Unusable(c.target.Addr()) != "" || p.vips[c.target.Addr()] {
+			return
+		}
+		key := serve(found, s, vip, port, c)
+		if s.Affinity > 0 && c.state == lb.Active {
+			if affinity[key] == nil {
+				affinity[key] = map[netip.AddrPort]time.Duration{}
+			}
+			affinity[key][front] = s.Affinity
 		}
 	})
 	pods := make([]lb.Pod, 0, len(found))
-	for _, pod := range found {
+	for key, pod := range found {
+		slices.SortFunc(pod.Serves, netip.AddrPort.Compare)
+		for _, front := range pod.Serves {
+			if len(affinity[key]) > 0 {
+				pod.Affinity = append(pod.Affinity, affinity[key][front])
+			}
+		}
 		pods = append(pods, *pod)
 	}
 	slices.SortFunc(pods, func(a, b lb.Pod) int {
 		return cmp.Or(a.Target.Compare(b.Target), cmp.Compare(a.Protocol, b.Protocol))
 	})
-	for i := range pods {
-		slices.SortFunc(pods[i].Serves, netip.AddrPort.Compare)
-	}
 	return pods
 }
 
-func serve(found map[podKey]*lb.Pod, s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) {
+// serve notes that an endpoint serves a VIP and port, and returns its key.
+func serve(found map[podKey]*lb.Pod, s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) podKey {
 	front, target := netip.AddrPortFrom(vip, port.Port), c.target
-	if s.Policy.Mode == lb.ModeIPIP {
+	if s.Policy.Mode.Held() {
 		target = front // the server holds the VIP itself
 	}
 	key := podKey{target, port.Protocol}
@@ -272,6 +300,7 @@ func serve(found map[podKey]*lb.Pod, s *lb.Service, vip netip.Addr, port lb.Serv
 	if !slices.Contains(pod.Serves, front) {
 		pod.Serves = append(pod.Serves, front)
 	}
+	return key
 }
 
 // peers are the other LB nodes that can be reached.
