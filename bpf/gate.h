@@ -10,6 +10,7 @@
 #include "parse.h"
 
 #define TAKE_TRIES 16
+#define TICKS_A_SECOND (1000000000ULL << TICKS_SHIFT)
 
 /* Takes a packet's cost out of a bucket, if that has so much. Several CPUs may
  * do so at once; who is beaten so often is one too many. */
@@ -18,8 +19,9 @@ static __always_inline bool take(__u64 *until, __u64 cost, __u64 burst, __u64 no
 	for (int i = 0; i < TAKE_TRIES; i++) {
 		__u64 was = READ_ONCE(*until), ahead = was - now;
 
-		/* In the past; or, the clock having come around, in no time at all. */
-		if (ahead > burst)
+		/* In the past; or further ahead than it can be, though another CPU may
+		 * have read the clock a moment later: as good as never used. */
+		if ((__s64)ahead < 0 || ahead > burst + TICKS_A_SECOND)
 			ahead = 0;
 		if (ahead + cost > burst)
 			return false;

@@ -17,7 +17,7 @@ import (
 // family and protocol whose slots go round benchBackends backends.
 func benchBalancer(b *testing.B, mode bpfMode) *bpfObjects {
 	b.Helper()
-	objects := benchLoad(b, map[string]int{"slots": 2 << benchBits, "hints": 1 << 18})
+	objects := benchLoad(b, map[string]int{"slots": 2 << benchBits, "hints": 1 << 18, "source_ranges": 20_000})
 	put := func(m *ebpf.Map, key, value any) {
 		if err := m.Put(key, value); err != nil {
 			b.Fatal(err)
