@@ -104,6 +104,9 @@ func (w *world) changePods() {
 	}
 	for _, p := range living[:remove] {
 		p.state, p.draining = draining, w.now
+		for _, proto := range []uint8{TCP, UDP} {
+			delete(w.workers[p.worker].Affinity, Target{p.address, proto})
+		}
 	}
 }
 
@@ -139,6 +142,9 @@ func (w *world) unknown(b *balancer) bool {
 func (w *world) begin() {
 	f := &flow{next: w.now, left: 2 + w.random.IntN(10), pause: time.Second, sent: w.random.Uint32(), isn: w.random.Uint32()}
 	f.key = Flow{Client: netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, byte(len(w.flows) / 500)}), uint16(1024+len(w.flows)%500)), VIP: simVIP, Proto: TCP}
+	if w.clients > 0 {
+		f.key.Client = netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, byte(len(w.flows) % w.clients)}), uint16(1024+len(w.flows)))
+	}
 	if w.random.Float64() < w.udp {
 		f.key.Proto = UDP
 	}
@@ -184,11 +190,31 @@ func (w *world) move(f *flow) {
 		f.next = w.now
 		return
 	}
-	f.begun = true
+	w.visit(f)
+	f.begun, f.visited = true, true
 	f.sent += 10
 	f.next = w.now + time.Duration(float64(f.pause)*(0.5+w.random.Float64()))
 	if f.left--; f.left == 0 {
 		f.over = true
+	}
+}
+
+// visit compares, for each new flow, with where its client was last.
+func (w *world) visit(f *flow) {
+	if w.affinity == 0 || f.key.Proto != TCP {
+		return
+	}
+	client := f.key.Client.Addr()
+	last, known := w.last[client]
+	valid := known && last.pod.state == active && w.now-last.when < w.affinity
+	switch {
+	case !f.visited && valid && last.pod != f.owner && f.owner.state == active:
+		w.wrong["client moved"]++
+	case !f.visited && valid && last.pod == f.owner:
+		w.kept++
+	}
+	if !f.visited || !valid || last.pod == f.owner {
+		w.last[client] = visit{f.owner, w.now}
 	}
 }
 
@@ -304,6 +330,12 @@ var stories = []struct {
 	{"half of the flows UDP", func(s *story) { s.change, s.roll, s.lose, s.udp = 10*time.Second, true, 60*time.Second, 0.5 }, 0},
 	{"repeated SYNs", func(s *story) { s.change, s.roll, s.repeat, s.lag = 10*time.Second, true, 0.3, time.Second }, 0},
 	{"3 to 30 to 3", func(s *story) { s.pods, s.resize, s.change = 3, true, 50*time.Second }, 0.0002},
+	{"affinity, rolling update, an LB node lost and back", func(s *story) {
+		s.affinity, s.clients, s.change, s.roll, s.lose = time.Hour, 60, 10*time.Second, true, 60*time.Second
+	}, 0},
+	{"affinity, 3 to 30 to 3", func(s *story) {
+		s.affinity, s.clients, s.pods, s.resize, s.change = time.Hour, 200, 3, true, 50*time.Second
+	}, 0.0002},
 	{"everything at once", func(s *story) {
 		s.change, s.lose, s.restart, s.udp, s.repeat = 8*time.Second, 80*time.Second, 80*time.Second, 0.3, 0.1
 		s.lag, s.skip, s.loss, s.kill, s.silent = 2*time.Second, 0.1, 0.01, 0.1, 0.1
@@ -317,11 +349,11 @@ func TestHistories(t *testing.T) {
 			t.Parallel()
 			play := plain
 			s.edit(&play)
-			flows, asked, bounced, wrong, seeds := 0, 0, 0, map[string]int{}, []uint64{}
+			flows, kept, asked, bounced, wrong, seeds := 0, 0, 0, 0, map[string]int{}, []uint64{}
 			for seed := range uint64(*histories) {
 				w := newWorld(play, seed)
 				w.play()
-				flows, asked, bounced = flows+len(w.flows), asked+w.asked, bounced+w.bounced
+				flows, kept, asked, bounced = flows+len(w.flows), kept+w.kept, asked+w.asked, bounced+w.bounced
 				if len(w.wrong) > 0 {
 					seeds = append(seeds, seed)
 				}
@@ -329,8 +361,11 @@ func TestHistories(t *testing.T) {
 					wrong[kind] += n
 				}
 			}
-			broken := wrong["reset"] + wrong["gave up"] + wrong["UDP moved"] + wrong["to a Pod that is gone"]
+			broken := wrong["client moved"] + wrong["reset"] + wrong["gave up"] + wrong["UDP moved"] + wrong["to a Pod that is gone"]
 			summary := fmt.Sprintf("%d flows, %d broken (%v), %.2f%% of packets bounced", flows, broken, wrong, 100*float64(bounced)/float64(asked))
+			if play.affinity > 0 {
+				summary += fmt.Sprintf(", %d followed their client", kept)
+			}
 			if float64(broken) > s.most*float64(flows) {
 				t.Errorf("%s; seeds %v", summary, seeds)
 			} else {

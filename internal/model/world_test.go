@@ -27,9 +27,17 @@ type world struct {
 	versions []version // of the endpoints, the newest last
 	serial   uint32
 	wrong    map[string]int
-	asked    int // questions
+	last     map[netip.Addr]visit // of each client, with affinity
+	kept     int                  // new flows that went where their client was
+	asked    int                  // questions
 	bounced  int
 	pureHash bool
+}
+
+// visit is where and when a client's last new flow began, or was answered.
+type visit struct {
+	pod  *pod
+	when time.Duration
 }
 
 // story is what may happen in a world.
@@ -50,6 +58,8 @@ type story struct {
 	loss               float64       // packets lost
 	kill               float64       // changes that kill a Pod without warning
 	silent             float64       // censuses that a node does not answer
+	affinity           time.Duration // of the service; 0: none
+	clients            int           // addresses that flows come from; 0: many flows of few
 }
 
 type pod struct {
@@ -95,6 +105,7 @@ type flow struct {
 	owner   *pod
 	begun   bool // the handshake is over, or the first datagram was answered
 	over    bool
+	visited bool   // its client's visit is noted
 	sent    uint32 // the client's next sequence number
 	acked   uint32
 	isn     uint32 // the Pod's
@@ -111,9 +122,9 @@ var (
 )
 
 func newWorld(s story, seed uint64) *world {
-	w := &world{story: s, random: rand.New(rand.NewPCG(seed, 1)), wrong: map[string]int{}}
+	w := &world{story: s, random: rand.New(rand.NewPCG(seed, 1)), wrong: map[string]int{}, last: map[netip.Addr]visit{}}
 	for range s.workers {
-		w.workers = append(w.workers, &Node{Backend: true, Pods: map[Target][]netip.AddrPort{}})
+		w.workers = append(w.workers, &Node{Backend: true, Pods: map[Target][]netip.AddrPort{}, Affinity: map[Target]map[netip.AddrPort]time.Duration{}})
 	}
 	for range s.pods {
 		w.addPod()
@@ -142,6 +153,7 @@ func (w *world) addPod() *pod {
 	w.pods = append(w.pods, p)
 	for _, proto := range []uint8{TCP, UDP} {
 		w.workers[p.worker].Pods[Target{p.address, proto}] = []netip.AddrPort{simVIP}
+		w.workers[p.worker].Affinity[Target{p.address, proto}] = map[netip.AddrPort]time.Duration{simVIP: w.affinity}
 	}
 	return p
 }
@@ -156,6 +168,7 @@ func (w *world) kill(p *pod) {
 	worker := w.workers[p.worker]
 	for _, proto := range []uint8{TCP, UDP} {
 		delete(worker.Pods, Target{p.address, proto})
+		delete(worker.Affinity, Target{p.address, proto})
 	}
 	for _, table := range []map[Flow]*Entry{worker.Flows.Confirmed, worker.Flows.Pending} {
 		for key, entry := range table {
@@ -280,7 +293,7 @@ func (w *world) program(b *balancer) {
 		slices.Sort(suspects)
 	}
 	b.table.Suspect(suspects)
-	service := Service{Number: 1, Candidates: map[uint32][]uint32{}}
+	service := Service{Number: 1, Candidates: map[uint32][]uint32{}, Affinity: w.affinity > 0}
 	for slot := range uint32(b.table.Len()) {
 		service.Slots = append(service.Slots, b.table.Owner(slot))
 		for _, c := range b.table.Candidates(slot) {
@@ -317,6 +330,12 @@ func (w *world) census(b *balancer) {
 					slot := entry.Hash >> (64 - uint(log2(64*len(owns))))
 					owns[slot/64] |= 1 << (slot % 64)
 				}
+			}
+		}
+		for key, c := range flows.Clients {
+			if c.Pod == p.address && w.now-c.Seen < c.Lasts && w.workers[p.worker].Affinity[Target{c.Pod, key.Proto}] != nil {
+				slot := c.Hash >> (64 - uint(log2(64*len(owns))))
+				owns[slot/64] |= 1 << (slot % 64)
 			}
 		}
 		answers[b.numbers[p]] = slots.Answer{Asked: at(w.now), Owns: owns}
