@@ -35,13 +35,14 @@ var mayImport = map[string][]string{
 	"internal/route":     slices.Concat(netlink, []string{"internal/lb"}),
 	"internal/dataplane": slices.Concat(netlink, []string{"internal/lb", "internal/maglev", "internal/slots", "internal/flowhash", "github.com/cilium/ebpf"}),
 	"internal/peer":      {"internal/lb"},
+	"internal/health":    {"internal/lb", "internal/run", "golang.org/x/sys/"},
 	"internal/status":    {"internal/lb", "github.com/prometheus/client_golang"},
 
 	// Assembly.
 	"internal/run": {},
 	"internal/agent": {
 		"internal/lb", "internal/plan", "internal/file", "internal/route", "internal/dataplane", "internal/status", "internal/run",
-		"internal/peer", "internal/slots",
+		"internal/peer", "internal/slots", "internal/health",
 		"internal/flowhash", "go.yaml.in/yaml/v3", "github.com/prometheus/client_golang", "github.com/vishvananda/netlink",
 	},
 

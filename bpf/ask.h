@@ -34,11 +34,6 @@ static __always_inline bool may_own(__u64 word, __u8 proto)
 	return usable(word) || (proto == IPPROTO_TCP && backend_state(word) == BACKEND_FAILING);
 }
 
-static __always_inline __u32 generation_of(__u64 word)
-{
-	return (word >> BACKEND_GENERATION_SHIFT) & BACKEND_GENERATION_MASK;
-}
-
 /* Whether a Pod of this node owns the flow: no tunnel leads to it. */
 __noinline int owned_here(struct xdp_md *ctx, const struct packet *packet)
 {

@@ -42,6 +42,8 @@ static __always_inline bool client_segment(struct xdp_md *ctx, const struct pack
 
 /* Neither delivered nor dropped: this node has no such flow, or no such Pod. */
 #define CLAIM_DENIED (-1)
+/* In place of a verb: an order that begins a flow whatever there was. */
+#define CLAIM_PROBE 0x80
 /* And above that, the packet's TCP flags: it has no flow, and may begin one. */
 #define CLAIM_BEGINS 0x100
 
@@ -76,7 +78,8 @@ __noinline int admit(const struct packet *packet, struct pod_key *pod, __u64 has
 	serves = pod_serves(of, &key.vip, key.vip_port);
 	if (!serves)
 		return asked ? CLAIM_DENIED : DROP_TUNNEL_VIP;
-	follows = serves->affinity && may_follow(key.proto, flags) && affinity_find(&key, &target);
+	follows = hash && serves->affinity && may_follow(key.proto, flags) &&
+		  affinity_find(&key, &target);
 	if (asked && !follows)
 		return CLAIM_DENIED;
 	if (follows)
@@ -90,7 +93,7 @@ __noinline int admit(const struct packet *packet, struct pod_key *pod, __u64 has
 	TRACE(flow_state, state);
 	if (config.tracing)
 		return DROP_NONE;
-	return flow_make(&key, &target, hash, state, serves->affinity);
+	return flow_make(&key, &target, hash, state, hash ? serves->affinity : 0);
 }
 
 /* What the packet tells of the flow that it belongs to. Returns an enum drop. */
@@ -247,6 +250,11 @@ __noinline int claim_known(struct xdp_md *ctx, const struct packet *packet, stru
 	flow = flow_find(&key, now);
 	if (error && (!flow || flow_closed(flow)))
 		return verb == VERB_ASK ? CLAIM_DENIED : DROP_ICMP_UNRELATED;
+	if (verb == CLAIM_PROBE && !error && may_follow(packet->proto, segment.flags)) {
+		if (!config.tracing)
+			bpf_map_delete_elem(&flows, &key);
+		flow = NULL;
+	}
 	if (!error && begins(flow, &segment, packet->proto))
 		return CLAIM_BEGINS + segment.flags;
 	if (!flow)

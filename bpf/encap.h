@@ -113,7 +113,8 @@ static __always_inline void outer_ip6(struct ipv6hdr *ip, const struct packet *p
 }
 
 static __always_inline void outer_geneve(struct geneve_outer *to, const struct packet *packet,
-					 const struct choice *choice, __u32 address_len)
+					 const struct choice *choice, __u32 address_len,
+					 __be16 port)
 {
 	struct geneve *geneve = &to->geneve;
 
@@ -132,7 +133,7 @@ static __always_inline void outer_geneve(struct geneve_outer *to, const struct p
 	geneve->option.verb = choice->verb;
 	geneve->option.attempt = choice->attempt;
 	geneve->option.address_len = address_len;
-	geneve->option.port = choice->backend->port;
+	geneve->option.port = port;
 	geneve->option.pad = 0;
 	geneve->option.backend = bpf_htonl(choice->number);
 	geneve->option.generation =
@@ -202,7 +203,7 @@ static __always_inline int wrap_geneve(struct xdp_md *ctx, const struct packet *
 			return DROP_HEADROOM;
 		outer_eth(data, hop, bpf_htons(ETH_P_IP));
 		outer_ip4(ip, packet, choice->backend, IPPROTO_UDP, config.node4.w[3], extra);
-		outer_geneve((void *)(ip + 1), packet, choice, address_len);
+		outer_geneve((void *)(ip + 1), packet, choice, address_len, choice->backend->port);
 	} else {
 		struct ipv6hdr *ip = data + sizeof(struct ethhdr);
 
@@ -211,7 +212,7 @@ static __always_inline int wrap_geneve(struct xdp_md *ctx, const struct packet *
 		outer_eth(data, hop, bpf_htons(ETH_P_IPV6));
 		outer_ip6(ip, packet, choice->backend, IPPROTO_UDP, choice->hash, extra);
 		copy_constant(&ip->saddr, &config.node6);
-		outer_geneve((void *)(ip + 1), packet, choice, address_len);
+		outer_geneve((void *)(ip + 1), packet, choice, address_len, choice->backend->port);
 	}
 	return 0;
 }

@@ -5,6 +5,7 @@
 #include "encap.h"
 #include "fragment.h"
 #include "gate.h"
+#include "probe.h"
 #include "select.h"
 #include "tunnel.h"
 
@@ -136,6 +137,12 @@ SEC("tc")
 int fairlead_pod(struct __sk_buff *skb)
 {
 	return answer_at_pod(skb);
+}
+
+SEC("tc")
+int fairlead_probe(struct __sk_buff *skb)
+{
+	return probe_at_uplink(skb);
 }
 
 /* Go's types are made from this object's BTF, which has only what is named. */

@@ -73,8 +73,9 @@ enum rate_kind {
 	RATE_CONNECTIONS = 0, /* TCP SYNs */
 	RATE_PACKETS = 1,
 	RATE_BITS = 2, /* of the L3 packet */
-	RATES = 3,
 };
+
+#define RATES 3
 
 #define TICKS_SHIFT 10
 #define RATE_COST_SHIFT 10
@@ -131,6 +132,9 @@ struct hint {
 #define ATTEMPT_CANDIDATE 2
 #define ATTEMPTS_MAX (ATTEMPT_CANDIDATE + CANDIDATES_MAX)
 #define ATTEMPT_ORDER 0x40
+/* An order to the named Pod alone, whoever has or had the flow: a health check,
+ * whose flows count for nothing and have the hash 0. */
+#define ATTEMPT_PROBE 0x80
 
 /*
  * denials[hash & DENIALS_MASK], one 64-bit word each: when a TCP flow that
@@ -221,6 +225,14 @@ struct backend {
 #define BACKEND_GENERATION_SHIFT 32
 #define BACKEND_GENERATION_MASK 0xffffffU
 #define BACKEND_STATE_SHIFT 56
+
+/* probes (LRU): cookie of a health check's socket -> where its packets go. */
+struct probe {
+	__u32 backend;
+	__u32 generation;
+	__be16 port; /* that is probed */
+	__u16 pad;
+};
 
 /* next_hops[row]: mapped, written once before a backend's word points to it. */
 struct next_hop {
@@ -425,6 +437,7 @@ enum drop {
 	DROP_FLOWS_FULL = 40,	   /* the table of flows is full */
 	DROP_FLOW_CONFLICT = 41,   /* the Pod's tuple belongs to another VIP's flow */
 	DROP_FROM_POD_TUNNEL = 42, /* a Pod sent tunnel traffic */
+	DROP_PROBE = 44,	   /* a health check's packet has no way to its backend */
 	DROP_MAX = 64,
 };
 
@@ -449,6 +462,7 @@ enum event {
 	EVENT_TAKEN = 16,	    /* a flow that nobody has was ordered to the slot's backend */
 	EVENT_AFFINITY = 20,	    /* a new flow went to the Pod that its client had already */
 	EVENT_AFFINITIES_FULL = 21, /* a client's Pod could not be noted: the table is full */
+	EVENT_PROBE = 22,	    /* a health check's packet sent through the tunnel */
 	EVENT_MAX = 32,
 };
 

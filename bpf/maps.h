@@ -104,6 +104,13 @@ struct {
 	__uint(max_entries, 1024);
 } client_buckets SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, __u64);
+	__type(value, struct probe);
+	__uint(max_entries, 32768);
+} probes SEC(".maps");
+
 /* service_denials[number]: denials in settled slots; the agent looks at what
  * has grown, and takes a census. */
 struct {

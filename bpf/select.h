@@ -67,6 +67,11 @@ static __always_inline __u8 backend_state(__u64 word)
 	return word >> BACKEND_STATE_SHIFT;
 }
 
+static __always_inline __u32 generation_of(__u64 word)
+{
+	return (word >> BACKEND_GENERATION_SHIFT) & BACKEND_GENERATION_MASK;
+}
+
 static __always_inline bool usable(__u64 word)
 {
 	__u8 state = backend_state(word);

@@ -255,6 +255,10 @@ static __always_inline int unwrap(struct xdp_md *ctx, struct packet *packet)
 	}
 	if (!may_carry_ecn(packet, outer_tos))
 		return xdp_drop(DROP_TUNNEL_ECN);
+	if (call.verb == VERB_DELIVER && call.attempt == ATTEMPT_PROBE) {
+		call.verb = CLAIM_PROBE;
+		call.hash = 0;
+	}
 	drop = claim(ctx, packet, &call.target, call.hash, call.verb);
 	if (drop == CLAIM_DENIED)
 		return geneve ? deny(ctx) : xdp_drop(DROP_TUNNEL_POD);

@@ -14,12 +14,14 @@ import (
 	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vishvananda/netlink"
 
 	"fairlead.dev/fairlead/internal/dataplane"
 	"fairlead.dev/fairlead/internal/file"
+	"fairlead.dev/fairlead/internal/health"
 	"fairlead.dev/fairlead/internal/lb"
 	"fairlead.dev/fairlead/internal/peer"
 	"fairlead.dev/fairlead/internal/plan"
@@ -57,6 +59,12 @@ type Agent struct {
 	leaving     map[leaving]time.Time // since when backends take no new flows
 	drainBy     time.Time             // when the next one's time is over
 	byHand      map[string]bool       // what is drained by hand
+	wanted      lb.Plan               // with drains and health, as it was last set
+	allOut      map[lb.FrontendID]bool
+	unhealthy   map[lb.ProbeID]bool
+
+	health     *health.Prober
+	forwarding atomic.Pointer[dataplane.Dataplane] // for who must not wait for the loop
 
 	identity *peer.Identity // nil: nobody is asked, and nobody answered
 	census   *census
@@ -68,8 +76,11 @@ type Agent struct {
 
 // New returns an agent that has done nothing yet.
 func New(config Config, version string, log *slog.Logger) *Agent {
-	return &Agent{config: config, version: version, log: log, started: time.Now(), trigger: run.NewTrigger(),
-		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true, leaving: map[leaving]time.Time{}, byHand: map[string]bool{}, told: map[uint64]netip.AddrPort{}}
+	a := &Agent{config: config, version: version, log: log, started: time.Now(), trigger: run.NewTrigger(),
+		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true, leaving: map[leaving]time.Time{}, byHand: map[string]bool{}, told: map[uint64]netip.AddrPort{},
+		unhealthy: map[lb.ProbeID]bool{}}
+	a.health = health.New(a.bindProbe, a.trigger.Fire, log)
+	return a
 }
 
 // Reload makes the agent read its objects again.
@@ -110,6 +121,7 @@ func (a *Agent) Run(ctx context.Context, reload <-chan os.Signal) error {
 		{Name: "files", Run: func(ctx context.Context) error { return file.Watch(ctx, a.config.Sources, a.Reload) }},
 		{Name: "routes", Run: a.watchRoutes},
 		{Name: "census", Run: a.watchCensus},
+		{Name: "health", Run: a.health.Run},
 		{Name: "signals", Run: func(ctx context.Context) error { return a.watchSignals(ctx, reload) }},
 	}, servers...)
 	a.log.Info("started", "node", a.config.Node, "version", a.version)
@@ -198,6 +210,8 @@ func (a *Agent) turn(ctx context.Context) error {
 		}
 	}
 	a.problem, a.programmed = nil, time.Now()
+	a.health.Set(want.Plan.Probes)
+	a.health.Suspect(suspects(want.Plan.Probes, want.NextHops)...)
 	if want.Plan.Backend && time.Since(a.swept) >= resync {
 		a.swept = time.Now()
 		if _, err := a.dataplane.Sweep(); err != nil {
@@ -258,6 +272,7 @@ func (a *Agent) open(snapshot lb.Snapshot) error {
 	a.dataplane, err = dataplane.Open(dataplane.Config{Interfaces: c.Interfaces, PinDir: c.PinDir, Secret: secret, Tag: tag,
 		VNI: c.Geneve.VNI, GenevePort: c.Geneve.Port, Limits: c.limits(), Census: a.census != nil, PureHash: c.PureHash, Generic: c.GenericXDP, Log: a.log,
 		Timeouts: lb.Timeouts{TCP: c.Timeouts.TCP, UDP: c.Timeouts.UDP, Closing: c.Timeouts.Closing}})
+	a.forwarding.Store(a.dataplane)
 	return err
 }
 
@@ -265,6 +280,12 @@ func (a *Agent) open(snapshot lb.Snapshot) error {
 func (a *Agent) desired() (dataplane.Desired, error) {
 	want := dataplane.Desired{NextHops: map[netip.Addr]lb.NextHop{}}
 	want.Plan, a.drainBy = drained(withDrains(a.plan, a.byHand), a.leaving, time.Now())
+	verdicts := a.health.Verdicts()
+	var allOut []lb.FrontendID
+	want.Plan, allOut = withHealth(want.Plan, verdicts)
+	a.noteHealth(allOut)
+	a.logVerdicts(verdicts)
+	a.wanted = want.Plan
 	a.unresolved = nil
 	tried := map[netip.Addr]bool{}
 	for _, f := range a.plan.Frontends {

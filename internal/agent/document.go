@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"fairlead.dev/fairlead/internal/dataplane"
+	"fairlead.dev/fairlead/internal/health"
 	"fairlead.dev/fairlead/internal/lb"
 	"fairlead.dev/fairlead/internal/status"
 )
@@ -32,11 +33,12 @@ func (a *Agent) Status() status.Document {
 		d.Attachments = append(d.Attachments, status.Attachment{Interface: at.Interface, Mode: at.Mode})
 	}
 	wanted := map[lb.FrontendID]lb.Frontend{}
-	for _, f := range withDrains(a.plan, a.byHand).Frontends {
+	for _, f := range a.wanted.Frontends {
 		wanted[f.ID] = f
 	}
+	verdicts := a.health.Verdicts()
 	for _, f := range state.Frontends {
-		d.Services = append(d.Services, a.serviceOf(f, wanted[f.ID]))
+		d.Services = append(d.Services, a.serviceOf(f, wanted[f.ID], verdicts))
 	}
 	for _, pod := range state.Pods {
 		row := status.Pod{Address: pod.Target.String(), Protocol: pod.Protocol.String()}
@@ -68,9 +70,12 @@ func counter(c dataplane.Counter) status.Counter {
 	return status.Counter{Packets: c.Packets, Bytes: c.Bytes, Connections: c.Connections}
 }
 
-func (a *Agent) serviceOf(f dataplane.FrontendState, wanted lb.Frontend) status.Service {
+func (a *Agent) serviceOf(f dataplane.FrontendState, wanted lb.Frontend, verdicts map[lb.ProbeID]health.Verdict) status.Service {
 	s := status.Service{Namespace: wanted.Service.Namespace, Name: wanted.Service.Name, PortName: wanted.PortName,
 		VIP: f.ID.VIP.String(), Port: f.ID.Port, Protocol: f.ID.Protocol.String(), Slots: f.Slots, Contested: f.Contested, ChangedAt: f.Changed, Moved: f.Moved, Counter: counter(f.Counter)}
+	if a.allOut[f.ID] {
+		s.Problem = "every backend fails its health check: all of them are used, as if none did"
+	}
 	weights, byID := uint32(0), map[lb.BackendID]lb.Backend{}
 	for _, b := range wanted.Backends {
 		byID[b.ID] = b
@@ -100,6 +105,16 @@ func (a *Agent) serviceOf(f dataplane.FrontendState, wanted lb.Frontend) status.
 		}
 		if want.State == lb.Active && weights > 0 {
 			row.WantedPart = float64(want.Weight) / float64(weights)
+		}
+		if row.WantedPart > 0 {
+			s.Imbalance = max(s.Imbalance, row.Share/row.WantedPart)
+		}
+		if v, ok := verdicts[probeOf(wanted, lb.Backend{ID: b.ID})]; ok && v.Known {
+			row.Check = "passes"
+			if v.Problem != "" {
+				row.Check = v.Problem
+			}
+			row.CheckedAt, row.CheckTime = v.Last, v.RTT.Seconds()
 		}
 		s.Backends = append(s.Backends, row)
 	}

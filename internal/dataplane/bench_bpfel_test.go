@@ -32,6 +32,7 @@ const (
 	benchMapNextHops        = "next_hops"
 	benchMapPending         = "pending"
 	benchMapPods            = "pods"
+	benchMapProbes          = "probes"
 	benchMapReceived        = "received"
 	benchMapServiceCounters = "service_counters"
 	benchMapServiceDenials  = "service_denials"
@@ -134,6 +135,7 @@ type benchMapSpecs struct {
 	NextHops        *ebpf.MapSpec `ebpf:"next_hops"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Pods            *ebpf.MapSpec `ebpf:"pods"`
+	Probes          *ebpf.MapSpec `ebpf:"probes"`
 	Received        *ebpf.MapSpec `ebpf:"received"`
 	ServiceCounters *ebpf.MapSpec `ebpf:"service_counters"`
 	ServiceDenials  *ebpf.MapSpec `ebpf:"service_denials"`
@@ -200,6 +202,7 @@ type benchMaps struct {
 	NextHops        *ebpf.Map `ebpf:"next_hops"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Pods            *ebpf.Map `ebpf:"pods"`
+	Probes          *ebpf.Map `ebpf:"probes"`
 	Received        *ebpf.Map `ebpf:"received"`
 	ServiceCounters *ebpf.Map `ebpf:"service_counters"`
 	ServiceDenials  *ebpf.Map `ebpf:"service_denials"`
@@ -233,6 +236,7 @@ func (m *benchMaps) Close() error {
 		m.NextHops,
 		m.Pending,
 		m.Pods,
+		m.Probes,
 		m.Received,
 		m.ServiceCounters,
 		m.ServiceDenials,

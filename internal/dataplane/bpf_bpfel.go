@@ -157,6 +157,7 @@ const (
 	bpfDropDROP_FLOWS_FULL        bpfDrop = 40
 	bpfDropDROP_FLOW_CONFLICT     bpfDrop = 41
 	bpfDropDROP_FROM_POD_TUNNEL   bpfDrop = 42
+	bpfDropDROP_PROBE             bpfDrop = 44
 	bpfDropDROP_MAX               bpfDrop = 64
 )
 
@@ -182,6 +183,7 @@ const (
 	bpfEventEVENT_TAKEN           bpfEvent = 16
 	bpfEventEVENT_AFFINITY        bpfEvent = 20
 	bpfEventEVENT_AFFINITIES_FULL bpfEvent = 21
+	bpfEventEVENT_PROBE           bpfEvent = 22
 	bpfEventEVENT_MAX             bpfEvent = 32
 )
 
@@ -313,13 +315,20 @@ type bpfPodKey struct {
 	Pad     uint8
 }
 
+type bpfProbe struct {
+	_          structs.HostLayout
+	Backend    uint32
+	Generation uint32
+	Port       uint16
+	Pad        uint16
+}
+
 type bpfRateKind uint32
 
 const (
 	bpfRateKindRATE_CONNECTIONS bpfRateKind = 0
 	bpfRateKindRATE_PACKETS     bpfRateKind = 1
 	bpfRateKindRATE_BITS        bpfRateKind = 2
-	bpfRateKindRATES            bpfRateKind = 3
 )
 
 type bpfRates struct {
@@ -462,6 +471,7 @@ const (
 	bpfMapNextHops        = "next_hops"
 	bpfMapPending         = "pending"
 	bpfMapPods            = "pods"
+	bpfMapProbes          = "probes"
 	bpfMapServiceCounters = "service_counters"
 	bpfMapServiceDenials  = "service_denials"
 	bpfMapServiceLimits   = "service_limits"
@@ -474,6 +484,7 @@ const (
 	bpfMapVipBits         = "vip_bits"
 	bpfProgFairleadEgress = "fairlead_egress"
 	bpfProgFairleadPod    = "fairlead_pod"
+	bpfProgFairleadProbe  = "fairlead_probe"
 	bpfProgFairleadXdp    = "fairlead_xdp"
 	bpfVarConfig          = "config"
 	bpfVarNamed           = "named"
@@ -523,6 +534,7 @@ type bpfSpecs struct {
 type bpfProgramSpecs struct {
 	FairleadEgress *ebpf.ProgramSpec `ebpf:"fairlead_egress"`
 	FairleadPod    *ebpf.ProgramSpec `ebpf:"fairlead_pod"`
+	FairleadProbe  *ebpf.ProgramSpec `ebpf:"fairlead_probe"`
 	FairleadXdp    *ebpf.ProgramSpec `ebpf:"fairlead_xdp"`
 }
 
@@ -546,6 +558,7 @@ type bpfMapSpecs struct {
 	NextHops        *ebpf.MapSpec `ebpf:"next_hops"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Pods            *ebpf.MapSpec `ebpf:"pods"`
+	Probes          *ebpf.MapSpec `ebpf:"probes"`
 	ServiceCounters *ebpf.MapSpec `ebpf:"service_counters"`
 	ServiceDenials  *ebpf.MapSpec `ebpf:"service_denials"`
 	ServiceLimits   *ebpf.MapSpec `ebpf:"service_limits"`
@@ -602,6 +615,7 @@ type bpfMaps struct {
 	NextHops        *ebpf.Map `ebpf:"next_hops"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Pods            *ebpf.Map `ebpf:"pods"`
+	Probes          *ebpf.Map `ebpf:"probes"`
 	ServiceCounters *ebpf.Map `ebpf:"service_counters"`
 	ServiceDenials  *ebpf.Map `ebpf:"service_denials"`
 	ServiceLimits   *ebpf.Map `ebpf:"service_limits"`
@@ -632,6 +646,7 @@ func (m *bpfMaps) Close() error {
 		m.NextHops,
 		m.Pending,
 		m.Pods,
+		m.Probes,
 		m.ServiceCounters,
 		m.ServiceDenials,
 		m.ServiceLimits,
@@ -659,6 +674,7 @@ type bpfVariables struct {
 type bpfPrograms struct {
 	FairleadEgress *ebpf.Program `ebpf:"fairlead_egress"`
 	FairleadPod    *ebpf.Program `ebpf:"fairlead_pod"`
+	FairleadProbe  *ebpf.Program `ebpf:"fairlead_probe"`
 	FairleadXdp    *ebpf.Program `ebpf:"fairlead_xdp"`
 }
 
@@ -666,6 +682,7 @@ func (p *bpfPrograms) Close() error {
 	return _BpfClose(
 		p.FairleadEgress,
 		p.FairleadPod,
+		p.FairleadProbe,
 		p.FairleadXdp,
 	)
 }

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 )
@@ -49,7 +48,7 @@ func removeFilters() error {
 	}
 	var errs []error
 	for _, l := range links {
-		for _, where := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
+		for _, where := range places {
 			ours := filter(l.Attrs().Index, nil, where)
 			found, err := netlink.FilterList(l, ours.Parent)
 			if err != nil {

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"fairlead.dev/fairlead/internal/flowhash"
@@ -93,6 +94,8 @@ type Dataplane struct {
 	affinities int // the same
 
 	ownership *Ownership // the last, see Owned
+
+	probed atomic.Pointer[probing]
 }
 
 // Open checks what can be checked before there is a plan. It loads nothing.
@@ -170,6 +173,7 @@ func (d *Dataplane) prepare(want Desired) error {
 	if err := d.receiver.set(want.Plan); err != nil {
 		return err
 	}
+	d.noteProbed(want.Plan)
 	if constant == d.constant {
 		return nil
 	}
@@ -178,6 +182,7 @@ func (d *Dataplane) prepare(want Desired) error {
 		return err
 	}
 	d.loaded, d.constant = fresh, constant
+	d.noteProbed(want.Plan)
 	return d.stopTracing()
 }
 

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -15,6 +16,8 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"fairlead.dev/fairlead/internal/lb"
 )
 
 // hooks are the places where programs are attached. Each is a pinned link
@@ -47,16 +50,45 @@ func (h *hooks) set(loaded *objects, want Desired) error {
 		}
 	}
 	wanted := map[string]bool{}
+	if tunneled(want.Plan.Probes) {
+		for _, name := range h.config.Interfaces {
+			device, err := netlink.LinkByName(name)
+			if err != nil {
+				return fmt.Errorf("interfaces: %s: %w; name devices that exist", name, err)
+			}
+			pin := probePin + strconv.Itoa(device.Attrs().Index)
+			wanted[pin] = true
+			if err := h.attachTC(device.Attrs().Index, pin, loaded.FairleadProbe, ebpf.AttachTCXEgress); err != nil {
+				return err
+			}
+		}
+	}
 	if want.Plan.Backend {
 		for _, index := range want.PodInterfaces {
-			pin := "pod-" + strconv.Itoa(index)
+			pin := podPin + strconv.Itoa(index)
 			wanted[pin] = true
 			if err := h.attachTC(index, pin, loaded.FairleadPod, ebpf.AttachTCXIngress); err != nil {
 				return err
 			}
 		}
 	}
-	return h.detachPods(wanted)
+	return h.detachOthers(wanted)
+}
+
+// Pins of programs that come and go while the agent runs: what follows is the
+// device's index.
+const (
+	podPin   = "pod-"
+	probePin = "probe-"
+)
+
+func comesAndGoes(pin string) bool {
+	return strings.HasPrefix(pin, podPin) || strings.HasPrefix(pin, probePin)
+}
+
+// tunneled says whether any probe has to be sent through a tunnel.
+func tunneled(probes []lb.Probe) bool {
+	return slices.ContainsFunc(probes, func(p lb.Probe) bool { return p.Tunneled })
 }
 
 func (h *hooks) attachXDP(device netlink.Link, program *ebpf.Program) error {
@@ -201,20 +233,30 @@ func (h *hooks) attachTC(ifindex int, pin string, program *ebpf.Program, where e
 			return fmt.Errorf("attach the tc program of %s: %w", pin, err)
 		}
 	}
-	if err := setFilter(ifindex, program, where); err != nil {
+	if err := setFilter(ifindex, program, placeOf(pin, where)); err != nil {
 		return fmt.Errorf("attach the tc program of %s: %w", pin, err)
 	}
 	h.clsact[pin] = true
 	return nil
 }
 
-// Of our filter, where there is no tcx.
-const (
-	filterHandle   = 0xf1
-	filterPriority = 0xf1
-)
+// place is where a filter stands, when there is no tcx.
+type place struct{ parent, handle uint32 }
 
-func setFilter(ifindex int, program *ebpf.Program, where ebpf.AttachType) error {
+// places are those of fairlead_pod, fairlead_egress and fairlead_probe.
+var places = []place{{netlink.HANDLE_MIN_INGRESS, 0xf1}, {netlink.HANDLE_MIN_EGRESS, 0xf1}, {netlink.HANDLE_MIN_EGRESS, 0xf2}}
+
+func placeOf(pin string, where ebpf.AttachType) place {
+	switch {
+	case where == ebpf.AttachTCXIngress:
+		return places[0]
+	case strings.HasPrefix(pin, probePin):
+		return places[2]
+	}
+	return places[1]
+}
+
+func setFilter(ifindex int, program *ebpf.Program, where place) error {
 	qdisc := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: ifindex, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}
 	if err := netlink.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add clsact: %w", err)
@@ -222,29 +264,26 @@ func setFilter(ifindex int, program *ebpf.Program, where ebpf.AttachType) error 
 	return netlink.FilterReplace(filter(ifindex, program, where))
 }
 
-func filter(ifindex int, program *ebpf.Program, where ebpf.AttachType) *netlink.BpfFilter {
-	parent := uint32(netlink.HANDLE_MIN_EGRESS)
-	if where == ebpf.AttachTCXIngress {
-		parent = netlink.HANDLE_MIN_INGRESS
-	}
-	f := &netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{LinkIndex: ifindex, Parent: parent, Handle: filterHandle,
-		Priority: filterPriority, Protocol: unix.ETH_P_ALL}, Name: "fairlead", DirectAction: true}
+func filter(ifindex int, program *ebpf.Program, where place) *netlink.BpfFilter {
+	f := &netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{LinkIndex: ifindex, Parent: where.parent, Handle: where.handle,
+		Priority: uint16(where.handle), Protocol: unix.ETH_P_ALL}, Name: "fairlead", DirectAction: true}
 	if program != nil {
 		f.Fd = program.FD()
 	}
 	return f
 }
 
-// detachPods removes fairlead_pod from devices that no Pod of ours is behind,
-// also where an earlier agent left it.
-func (h *hooks) detachPods(wanted map[string]bool) error {
+// detachOthers removes fairlead_pod from devices that no Pod of ours is behind,
+// and fairlead_probe where nothing is probed, also where an earlier agent left
+// them.
+func (h *hooks) detachOthers(wanted map[string]bool) error {
 	entries, err := os.ReadDir(h.config.PinDir)
 	if err != nil {
 		return fmt.Errorf("read pinDir: %w", err)
 	}
 	for _, entry := range entries {
 		pin := entry.Name()
-		if !strings.HasPrefix(pin, "pod-") || wanted[pin] {
+		if !comesAndGoes(pin) || wanted[pin] {
 			continue
 		}
 		if l, ok := h.links[pin]; ok {
@@ -256,13 +295,18 @@ func (h *hooks) detachPods(wanted map[string]bool) error {
 		}
 	}
 	for pin := range h.clsact {
-		if strings.HasPrefix(pin, "pod-") && !wanted[pin] {
-			index, _ := strconv.Atoi(strings.TrimPrefix(pin, "pod-"))
-			if err := netlink.FilterDel(filter(index, nil, ebpf.AttachTCXIngress)); err != nil && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EINVAL) {
-				return fmt.Errorf("detach from %s: %w", pin, err)
-			}
-			delete(h.clsact, pin)
+		if !comesAndGoes(pin) || wanted[pin] {
+			continue
 		}
+		where := places[0]
+		if strings.HasPrefix(pin, probePin) {
+			where = places[2]
+		}
+		index, _ := strconv.Atoi(strings.TrimPrefix(strings.TrimPrefix(pin, podPin), probePin))
+		if err := netlink.FilterDel(filter(index, nil, where)); err != nil && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("detach from %s: %w", pin, err)
+		}
+		delete(h.clsact, pin)
 	}
 	return nil
 }

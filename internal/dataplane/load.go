@@ -42,6 +42,7 @@ func loadObjects(cfg Config, constant bpfConfig, balancer bool) (*objects, error
 		"pods": limits.Pods, "flows": limits.Flows, "pending": limits.Pending, "fragments": limits.Fragments,
 		"lb_nodes": limits.LBNodes, "affinities": limits.Affinities,
 		"source_ranges": limits.SourceRanges, "service_limits": limits.Services, "client_buckets": limits.Clients,
+		"probes": min(max(limits.Backends, 2), 1<<17),
 	} {
 		spec.Maps[name].MaxEntries = uint32(size)
 	}

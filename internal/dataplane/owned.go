@@ -60,7 +60,7 @@ func (d *Dataplane) Owned() (*Ownership, error) {
 	}
 	note := func(confirmed uint32) func(bpfFlowKey, *bpfFlow) {
 		return func(key bpfFlowKey, flow *bpfFlow) {
-			if bpfFlowFin(flow.Fins)&bpfFlowFinFLOW_CLOSED == 0 && flow.State != 0 {
+			if bpfFlowFin(flow.Fins)&bpfFlowFinFLOW_CLOSED == 0 && flow.State != 0 && flow.Hash != 0 { // 0: a health check's
 				add(key, flow.Pod, flow.PodPort, flow.Hash, confirmed)
 			}
 		}

@@ -50,6 +50,13 @@ func Format(p lb.Plan) string {
 		}
 		b.WriteString("\n")
 	}
+	for _, probe := range p.Probes {
+		fmt.Fprintf(&b, "probe %s %s at %s", probe.ID, probe.Check.Kind, probe.Address)
+		if !probe.Tunneled {
+			b.WriteString(" direct")
+		}
+		b.WriteString("\n")
+	}
 	for _, n := range p.Peers {
 		fmt.Fprintf(&b, "peer %s %s\n", n.Node, n.Address)
 	}

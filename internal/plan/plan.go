@@ -48,6 +48,7 @@ func ForNode(s lb.Snapshot, node string) (lb.Plan, []lb.Finding) {
 	slices.SortFunc(plan.Frontends, func(a, b lb.Frontend) int { return a.ID.Compare(b.ID) })
 	if self.LoadBalancer {
 		plan.Peers = peers(s.Nodes, self)
+		plan.Probes = probes(plan.Frontends, s.Services)
 	}
 	if self.Backend {
 		plan.Pods = p.pods(s.Services)
@@ -268,6 +269,16 @@ func (p *planner) pods(services []lb.Service) []lb.Pod {
 			}
 			affinity[key][front] = s.Affinity
 		}
+	})
+	p.each(services, func(s *lb.Service, vip netip.Addr, port lb.ServicePort, c candidate) {
+		to, proto := probedAt(s.Policy, vip, port, c.target)
+		at := candidate{target: netip.AddrPortFrom(c.target.Addr(), to.Port()), endpoint: c.endpoint}
+		pod := found[podKey{at.target, proto}]
+		if to.Port() == port.Port && proto == port.Protocol || p.locate.Node(c.endpoint) != p.self || lb.Unusable(c.target.Addr()) != "" || p.vips[c.target.Addr()] ||
+			pod != nil && len(pod.Serves) >= servesMax {
+			return // the traffic's own, not here, or no room for more than the traffic
+		}
+		serve(found, s, vip, lb.ServicePort{Port: to.Port(), Protocol: proto}, at)
 	})
 	pods := make([]lb.Pod, 0, len(found))
 	for key, pod := range found {

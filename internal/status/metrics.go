@@ -19,6 +19,8 @@ var (
 	serviceConnections = desc("service_connections_total", "TCP SYNs forwarded.", "namespace", "service", "vip", "port", "protocol")
 	serviceBackends    = desc("service_backends", "Backends by state.", "namespace", "service", "vip", "port", "protocol", "state")
 	serviceContested   = desc("service_contested_slots", "Slots of which others than their backend may own flows.", "namespace", "service", "vip", "port", "protocol")
+	serviceImbalance   = desc("service_imbalance", "Largest share of the slots that a backend has, as a multiple of what its weight asks for.", "namespace", "service", "vip", "port", "protocol")
+	serviceFailing     = desc("service_failing_checks", "Backends whose last health check failed.", "namespace", "service", "vip", "port", "protocol")
 	backendFlows       = desc("leaving_backend_flows", "Flows that a backend which takes no new ones still has, as its node last said.", "namespace", "service", "vip", "port", "protocol", "backend")
 	dropped            = desc("dropped_packets_total", "Packets dropped, by reason.", "reason")
 	events             = desc("events_total", "What happened that is no drop.", "event")
@@ -53,13 +55,18 @@ func (c Collector) Collect(to chan<- prometheus.Metric) {
 		send(serviceBytes, prometheus.CounterValue, float64(s.Bytes), labels...)
 		send(serviceConnections, prometheus.CounterValue, float64(s.Connections), labels...)
 		send(serviceContested, prometheus.GaugeValue, float64(s.Contested), labels...)
-		states := map[string]int{}
+		send(serviceImbalance, prometheus.GaugeValue, s.Imbalance, labels...)
+		states, failing := map[string]int{}, 0
 		for _, b := range s.Backends {
+			if b.Check != "" && b.Check != "passes" {
+				failing++
+			}
 			states[b.State]++
 			if b.Flows != nil {
 				send(backendFlows, prometheus.GaugeValue, float64(*b.Flows), append(labels[:5:5], b.Address)...)
 			}
 		}
+		send(serviceFailing, prometheus.GaugeValue, float64(failing), labels...)
 		for state, n := range states {
 			send(serviceBackends, prometheus.GaugeValue, float64(n), append(labels[:5:5], state)...)
 		}

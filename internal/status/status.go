@@ -59,6 +59,10 @@ type Service struct {
 	// to another one then.
 	ChangedAt time.Time `json:"changedAt,omitzero"`
 	Moved     float64   `json:"moved"`
+	// Imbalance is the largest share of the slots that a backend has, as a multiple
+	// of what its weight asks for: 1 is perfect.
+	Imbalance float64 `json:"imbalance"`
+	Problem   string  `json:"problem,omitempty"` // of its backends all together
 	Counter
 	Backends []Backend `json:"backends"`
 }
@@ -78,7 +82,12 @@ type Backend struct {
 	// as its node last said.
 	LeavingSince time.Time `json:"leavingSince,omitzero"`
 	Flows        *uint32   `json:"flows,omitempty"`
-	NextHop      string    `json:"nextHop"` // "resolved", "kernel" (each packet asks the FIB) or "local"
+	// What its health check last said: "passes", or why it fails; and when, after
+	// so many seconds.
+	Check     string    `json:"check,omitempty"`
+	CheckedAt time.Time `json:"checkedAt,omitzero"`
+	CheckTime float64   `json:"checkSeconds,omitempty"`
+	NextHop   string    `json:"nextHop"` // "resolved", "kernel" (each packet asks the FIB) or "local"
 	Counter
 }
 

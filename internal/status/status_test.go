@@ -26,11 +26,11 @@ func document() Document {
 		Programmed: true, ProgrammedAt: begin.Add(80 * time.Second), ChangedAt: begin.Add(30 * time.Second),
 		Attachments: []Attachment{{"eth0", "native"}},
 		Services: []Service{{Namespace: "default", Name: "web", VIP: "2001:db8::1", Port: 80, Protocol: "TCP", Slots: 256, Contested: 12, ChangedAt: begin.Add(60 * time.Second), Moved: 0.25,
-			Counter: Counter{Packets: 1000, Bytes: 64000, Connections: 10}, Backends: []Backend{
+			Imbalance: 1.5, Problem: "every backend fails its health check", Counter: Counter{Packets: 1000, Bytes: 64000, Connections: 10}, Backends: []Backend{
 				{Address: "10.1.0.5:8080", Node: "worker-1", Mode: "Geneve", Tunnel: "10.0.0.11", Wanted: "active", State: "active", Slots: 256, Share: 1,
 					WantedPart: 1, NextHop: "resolved", Counter: Counter{Packets: 900, Bytes: 60000, Connections: 10}},
 				{Address: "10.1.0.6:8080", Node: "worker-1", Mode: "Geneve", Tunnel: "10.0.0.11", Wanted: "draining", State: "draining",
-					LeavingSince: begin.Add(60 * time.Second), Flows: &flows, NextHop: "kernel", Counter: Counter{Packets: 100, Bytes: 4000}},
+					LeavingSince: begin.Add(60 * time.Second), Flows: &flows, Check: "status 503, want 200-399", CheckedAt: begin.Add(89 * time.Second), CheckTime: 0.002, NextHop: "kernel", Counter: Counter{Packets: 100, Bytes: 4000}},
 			}}},
 		Pods:       []Pod{{"10.2.0.5:8080", "TCP", []string{"192.0.2.1:80", "192.0.2.2:80"}}},
 		Drops:      []Count{{"no_service", 3}, {"unowned", 2}},

@@ -62,8 +62,15 @@ func writeServices(t io.Writer, d Document, wide bool) {
 		if s.Contested > 0 {
 			contested = fmt.Sprintf("%d contested; %s ago %.1f%% moved", s.Contested, age(d.Now, s.ChangedAt), 100*s.Moved)
 		}
-		fmt.Fprintf(t, "%s/%s\t%s/%s\t%d\t%d backends\t%s\t\t%d\t%d\n", s.Namespace, s.Name,
-			net.JoinHostPort(s.VIP, strconv.Itoa(int(s.Port))), s.Protocol, s.Slots, len(s.Backends), contested, s.Packets, s.Connections)
+		imbalance := ""
+		if s.Imbalance > 0 {
+			imbalance = fmt.Sprintf("%.2fx at most", s.Imbalance)
+		}
+		fmt.Fprintf(t, "%s/%s\t%s/%s\t%d\t%d backends\t%s\t%s\t%d\t%d\n", s.Namespace, s.Name,
+			net.JoinHostPort(s.VIP, strconv.Itoa(int(s.Port))), s.Protocol, s.Slots, len(s.Backends), contested, imbalance, s.Packets, s.Connections)
+		if s.Problem != "" {
+			fmt.Fprintf(t, "\t\t\t%s\n", s.Problem)
+		}
 		for _, b := range s.Backends {
 			state := b.State
 			if b.Wanted != b.State {
@@ -74,6 +81,9 @@ func writeServices(t io.Writer, d Document, wide bool) {
 			}
 			if b.Flows != nil {
 				state += fmt.Sprintf(", has %d flows", *b.Flows)
+			}
+			if b.Check != "" && b.Check != "passes" {
+				state += " (check: " + b.Check + ")"
 			}
 			fmt.Fprintf(t, "\t\t\t%s\t%s\t%.1f%%\t%d\t%d", b.Address, state, 100*b.Share, b.Packets, b.Connections)
 			if wide {

@@ -70,6 +70,8 @@ type Service struct {
 	Protocol   string // TCP or UDP
 	Mode       string // of its ServicePolicy; "" for none
 	Datagrams  string // the same
+	Policy     string // more of its ServicePolicy's spec, in YAML's flow style
+	Spec       string // more of its own spec, the same
 	Pods       []*Pod
 	Draining   []*Pod  // terminating, and still serving
 	Servers    []*Node // servers that hold the VIP, for mode IPIP
@@ -105,11 +107,14 @@ func (n *Network) WriteService(s Service) error {
 	for _, vip := range s.VIPs {
 		ips = append(ips, fmt.Sprintf("{ip: %q}", vip))
 	}
-	fmt.Fprintf(&b, "apiVersion: v1\nkind: Service\nmetadata: {name: %s}\nspec:\n  type: LoadBalancer\n  ports: [{port: %d, protocol: %s}]\nstatus: {loadBalancer: {ingress: [%s]}}\n",
-		s.Name, s.Port, s.Protocol, strings.Join(ips, ", "))
-	if s.Mode+s.Datagrams != "" {
-		fmt.Fprintf(&b, "---\napiVersion: fairlead.dev/v1alpha1\nkind: ServicePolicy\nmetadata: {name: %s}\nspec: {targetRefs: [{name: %s}], mode: %q, datagrams: %q}\n",
-			s.Name, s.Name, s.Mode, s.Datagrams)
+	fmt.Fprintf(&b, "apiVersion: v1\nkind: Service\nmetadata: {name: %s}\nspec:\n  type: LoadBalancer\n  ports: [{port: %d, protocol: %s}]\n%sstatus: {loadBalancer: {ingress: [%s]}}\n",
+		s.Name, s.Port, s.Protocol, indented(s.Spec), strings.Join(ips, ", "))
+	if s.Mode+s.Datagrams+s.Policy != "" {
+		policy := fmt.Sprintf("targetRefs: [{name: %s}], mode: %q, datagrams: %q", s.Name, s.Mode, s.Datagrams)
+		if s.Policy != "" {
+			policy += ", " + s.Policy
+		}
+		fmt.Fprintf(&b, "---\napiVersion: fairlead.dev/v1alpha1\nkind: ServicePolicy\nmetadata: {name: %s}\nspec: {%s}\n", s.Name, policy)
 	}
 	for _, family := range []string{"IPv4", "IPv6"} {
 		fmt.Fprintf(&b, "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: %s-%s\n  labels: {kubernetes.io/service-name: %s}\naddressType: %s\nports: [{port: %d, protocol: %s}]\nendpoints:\n",
@@ -126,6 +131,14 @@ func (n *Network) WriteService(s Service) error {
 		}
 	}
 	return n.WriteObjects(s.Name+".yaml", strings.ReplaceAll(b.String(), "endpoints:\n[]", "endpoints: []"))
+}
+
+// indented is a line of a Service's spec.
+func indented(line string) string {
+	if line == "" {
+		return ""
+	}
+	return "  " + line + "\n"
 }
 
 func (s *Service) addresses(v4 bool) (all []netip.Addr) {

@@ -41,7 +41,8 @@ const (
 // Config of a network.
 type Config struct {
 	Nodes []NodeSpec
-	MTU   int // of the links between router and nodes; 0: 1500
+	LAN   bool // the nodes are on one segment with the router, and have no Pods
+	MTU   int  // of the links between router and nodes; 0: 1500
 }
 
 // NodeSpec is one node to make.
@@ -77,6 +78,7 @@ type Network struct {
 	Nodes    []*Node
 	Watch    *Watch
 
+	lan   bool
 	all   []*Namespace
 	mu    sync.Mutex
 	close []func()

@@ -3,9 +3,12 @@
 package testnet
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
+
+	"github.com/vishvananda/netlink"
 )
 
 var (
@@ -73,6 +76,11 @@ func (n *Network) build(cfg Config) error {
 	if n.Stranger, err = n.host("stranger", Stranger4, Stranger6); err != nil {
 		return err
 	}
+	if cfg.LAN {
+		if err := n.addLAN(cfg.MTU); err != nil {
+			return err
+		}
+	}
 	for i, spec := range cfg.Nodes {
 		if spec.MTU == 0 {
 			spec.MTU = cfg.MTU
@@ -91,6 +99,49 @@ func (n *Network) host(name string, v4, v6 netip.Addr) (*Namespace, error) {
 		return nil, err
 	}
 	return ns, n.attach(ns, "to-"+name, v4, v6, 1500)
+}
+
+// lan is the bridge on the router that connects the nodes of a LAN.
+const lan = "lan"
+
+// addressOf are a node's addresses: in a subnet with the router alone, or in
+// the LAN.
+func (n *Network) addressOf(number int) (v4, v6 netip.Addr) {
+	if n.lan {
+		return netip.AddrFrom4([4]byte{10, 0, 250, byte(number + 1)}), netip.MustParseAddr(fmt.Sprintf("fd00:0:0:250::%x", number+1))
+	}
+	return netip.AddrFrom4([4]byte{10, 0, byte(number), 2}), netip.MustParseAddr(fmt.Sprintf("fd00:0:0:%x::2", number))
+}
+
+func (n *Network) addLAN(mtu int) error {
+	n.lan = true
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU = lan, mtu
+	if err := n.Router.Netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
+		return fmt.Errorf("add bridge %s: %w", lan, err)
+	}
+	v4, v6 := n.addressOf(0)
+	return end{n.Router, lan, []netip.Prefix{netip.PrefixFrom(v4, 24), netip.PrefixFrom(v6, 64)}}.configure()
+}
+
+// attachToLAN is attach for a node of a LAN.
+func (n *Network) attachToLAN(ns *Namespace, device string, v4, v6 netip.Addr, mtu int) error {
+	if err := connect(end{ns: n.Router, device: device}, end{ns, Uplink, []netip.Prefix{netip.PrefixFrom(v4, 24), netip.PrefixFrom(v6, 64)}}, mtu); err != nil {
+		return err
+	}
+	port, err := n.Router.Netlink.LinkByName(device)
+	if err != nil {
+		return fmt.Errorf("find device %s: %w", device, err)
+	}
+	bridge, err := n.Router.Netlink.LinkByName(lan)
+	if err != nil {
+		return fmt.Errorf("find bridge %s: %w", lan, err)
+	}
+	if err := n.Router.Netlink.LinkSetMaster(port, bridge); err != nil {
+		return fmt.Errorf("put %s into %s: %w", device, lan, err)
+	}
+	router4, router6 := n.addressOf(0)
+	return errors.Join(ns.SetRoute(Route{To: default4, Via: []netip.Addr{router4}}), ns.SetRoute(Route{To: default6, Via: []netip.Addr{router6}}))
 }
 
 // attach connects a namespace's uplink to the router, which gets the address
@@ -125,12 +176,15 @@ func (n *Network) node(number int, spec NodeSpec) error {
 	}
 	node := &Node{
 		Namespace: ns, NodeSpec: spec, net: n,
-		Address4: netip.AddrFrom4([4]byte{10, 0, byte(number), 2}),
-		Address6: netip.MustParseAddr(fmt.Sprintf("fd00:0:0:%x::2", number)),
-		Link:     "to-" + spec.Name,
+		Link: "to-" + spec.Name,
 	}
+	node.Address4, node.Address6 = n.addressOf(number)
 	n.Nodes = append(n.Nodes, node)
-	if err := n.attach(ns, node.Link, node.Address4, node.Address6, spec.MTU); err != nil {
+	attach := n.attach
+	if n.lan {
+		attach = n.attachToLAN
+	}
+	if err := attach(ns, node.Link, node.Address4, node.Address6, spec.MTU); err != nil {
 		return err
 	}
 	if err := n.Router.sendWhole(node.Link); err != nil {

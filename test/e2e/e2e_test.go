@@ -55,8 +55,13 @@ func TestMain(m *testing.M) {
 // network makes a network with running servers, agents and services.
 func network(t *testing.T, nodes []testnet.NodeSpec, prepare func(*testnet.Network), services ...func(*testnet.Network) testnet.Service) *testnet.Network {
 	t.Helper()
+	return networkOf(t, testnet.Config{Nodes: nodes}, prepare, services...)
+}
+
+func networkOf(t *testing.T, config testnet.Config, prepare func(*testnet.Network), services ...func(*testnet.Network) testnet.Service) *testnet.Network {
+	t.Helper()
 	need.Root(t)
-	n, err := testnet.New(testnet.Config{Nodes: nodes})
+	n, err := testnet.New(config)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -179,8 +184,12 @@ func readLine(r io.Reader) (string, error) {
 }
 
 func dial(n *testnet.Namespace, protocol string, vip netip.Addr, port uint16) (c net.Conn, err error) {
+	return dialWithin(n, protocol, vip, port, patience)
+}
+
+func dialWithin(n *testnet.Namespace, protocol string, vip netip.Addr, port uint16, limit time.Duration) (c net.Conn, err error) {
 	err = n.Do(func() error {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		ctx, cancel := context.WithTimeout(context.Background(), limit)
 		defer cancel()
 		c, err = (&net.Dialer{}).DialContext(ctx, protocol, netip.AddrPortFrom(vip, port).String())
 		return err
