@@ -373,13 +373,6 @@ __noinline __u32 way_out(struct __sk_buff *skb, const struct answer *answer)
 	return fib.ifindex;
 }
 
-static __always_inline bool is_tunnel(const struct packet *packet)
-{
-	if (packet->proto == IPPROTO_UDP)
-		return packet->dst_port == config.geneve_port;
-	return packet->proto == IPPROTO_IPIP || packet->proto == IPPROTO_IPV6;
-}
-
 /* The host's side of a Pod's device: everything that the Pod sends. */
 static __always_inline int answer_at_pod(struct __sk_buff *skb)
 {

@@ -6,7 +6,7 @@
  */
 #pragma once
 
-#include "fairlead.h"
+#include "maps.h"
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include <linux/if_ether.h>
@@ -308,4 +308,12 @@ static __always_inline int parse_quoted(void *data, void *data_end, __u32 l3, __
 	int err = parse_addresses(data, data_end, l3, ethertype, packet);
 
 	return err ? err : parse_transport(data, data_end, packet, true);
+}
+
+/* What our tunnels look like from outside, whoever sent it. */
+static __always_inline bool is_tunnel(const struct packet *packet)
+{
+	if (packet->proto == IPPROTO_UDP)
+		return packet->dst_port == config.geneve_port;
+	return packet->proto == IPPROTO_IPIP || packet->proto == IPPROTO_IPV6;
 }

@@ -104,10 +104,19 @@ static __noinline bool wrap_probe6(struct __sk_buff *skb, const struct packet *p
 
 /* To a server on the segment, which holds the VIP. */
 static __always_inline int probe_neighbour(struct __sk_buff *skb, const struct backend *backend,
-					   __u32 ifindex)
+					   const struct bpf_fib_lookup *fib)
 {
 	struct bpf_redir_neigh to = {};
+	__u8 macs[2 * ETH_ALEN];
 
+	if (fib->ifindex == skb->ifindex && fib->dmac[0] + fib->dmac[1] + fib->dmac[2] +
+						    fib->dmac[3] + fib->dmac[4] + fib->dmac[5]) {
+		__builtin_memcpy(macs, fib->dmac, ETH_ALEN);
+		__builtin_memcpy(macs + ETH_ALEN, fib->smac, ETH_ALEN);
+		count_event(EVENT_PROBE);
+		return bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0) ? TC_ACT_SHOT
+									  : TC_ACT_UNSPEC;
+	}
 	if (is_v4(&backend->tunnel)) {
 		to.nh_family = 2;
 		to.ipv4_nh = backend->tunnel.w[3];
@@ -115,8 +124,7 @@ static __always_inline int probe_neighbour(struct __sk_buff *skb, const struct b
 		to.nh_family = 10;
 		__builtin_memcpy(to.ipv6_nh, &backend->tunnel, sizeof(to.ipv6_nh));
 	}
-	count_event(EVENT_PROBE);
-	return bpf_redirect_neigh(ifindex, &to, sizeof(to), 0);
+	return bpf_redirect_neigh(fib->ifindex, &to, sizeof(to), 0);
 }
 
 /* The probed backend's row and generation, if it is still what it was. */
@@ -150,16 +158,17 @@ static __always_inline int probe_at_uplink(struct __sk_buff *skb)
 	probe = cookie ? bpf_map_lookup_elem(&probes, &cookie) : NULL;
 	if (!probe)
 		return TC_ACT_UNSPEC;
+	if (parse_link((void *)(long)skb->data, (void *)(long)skb->data_end, &l3, &type) ||
+	    l3 != sizeof(struct ethhdr) ||
+	    parse((void *)(long)skb->data, (void *)(long)skb->data_end, l3, type, &packet))
+		return no_probe();
+	if (is_tunnel(&packet))
+		return TC_ACT_UNSPEC; /* what we redirected comes by here again */
 	choice.backend = probed(probe);
 	if (!choice.backend || !way_to(skb, &choice.backend->tunnel, &fib))
 		return no_probe();
 	if (choice.backend->mode == MODE_L2)
-		return probe_neighbour(skb, choice.backend, fib.ifindex);
-	if (parse_link((void *)(long)skb->data, (void *)(long)skb->data_end, &l3, &type) ||
-	    l3 != sizeof(struct ethhdr) ||
-	    parse_addresses((void *)(long)skb->data, (void *)(long)skb->data_end, l3, type,
-			    &packet))
-		return no_probe();
+		return probe_neighbour(skb, choice.backend, &fib);
 	choice.number = probe->backend;
 	choice.word = READ_ONCE(choice.backend->word);
 	if (!(outer_v4(choice.backend) ? wrap_probe4(skb, &packet, &choice, probe->port)

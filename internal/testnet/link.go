@@ -84,6 +84,18 @@ func (n *Namespace) SetMTU(device string, mtu int) error {
 	return nil
 }
 
+// SetDown takes a device down.
+func (n *Namespace) SetDown(device string) error {
+	link, err := n.Netlink.LinkByName(device)
+	if err != nil {
+		return fmt.Errorf("find device %s in %s: %w", device, n.Label, err)
+	}
+	if err := n.Netlink.LinkSetDown(link); err != nil {
+		return fmt.Errorf("set down %s in %s: %w", device, n.Label, err)
+	}
+	return nil
+}
+
 // Route is one route. Several gateways make the kernel spread flows over them.
 type Route struct {
 	To        netip.Prefix

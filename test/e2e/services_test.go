@@ -5,6 +5,7 @@ package e2e
 import (
 	"fmt"
 	"io"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -247,5 +248,21 @@ func TestAffinity(t *testing.T) {
 		s.Draining, s.Pods = nil, n.AllPods()[:half]
 		must(t, n.WriteService(s))
 		time.Sleep(500 * time.Millisecond)
+	}
+}
+
+func hostPrefix(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+// requests4 is requests by IPv4 alone.
+func requests4(t *testing.T, n *testnet.Network, count, servers int) {
+	t.Helper()
+	seen := map[string]int{}
+	for range count {
+		server, _, err := who(n.Client, vip4)
+		must(t, err)
+		seen[server]++
+	}
+	if len(seen) != servers {
+		t.Errorf("%d servers answered, want %d: %v", len(seen), servers, seen)
 	}
 }
