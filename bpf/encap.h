@@ -228,7 +228,7 @@ static __always_inline __u32 overhead(const struct packet *packet, const struct 
 {
 	__u32 bytes = outer_v4(backend) ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
 
-	if (unlikely(backend->mode == MODE_L2))
+	if (unlikely(backend->mode >= MODE_L2))
 		return 0;
 	if (backend->mode == MODE_GENEVE)
 		bytes += sizeof(struct geneve_outer) + (packet->family == 4 ? 4 : 16);
@@ -337,39 +337,62 @@ static __always_inline void count_choice(const struct packet *packet, const stru
 	count_packet(&backend_counters, choice->number, packet->length, syn);
 }
 
+#define WAY_FOUND (-1)
+
+/* The way to the chosen backend, in *hop; `asked` has room for what the kernel
+ * says. Returns WAY_FOUND, or an XDP action for a packet that cannot take it. */
+static __always_inline int find_way(struct xdp_md *ctx, struct packet *packet,
+				    const struct choice *choice, struct next_hop *asked,
+				    struct next_hop **hop)
+{
+	__u32 row = (__u32)choice->word;
+	__u32 length = packet->length + overhead(packet, choice->backend);
+	int drop;
+
+	*hop = bpf_map_lookup_elem(&next_hops, &row);
+	if (unlikely(packet->ttl <= 1 && !(packet->flags & PACKET_BOUNCED)))
+		return reply_error(ctx, packet, EVENT_TIME_EXCEEDED, 0);
+	if (unlikely(!row || !*hop)) {
+		__builtin_memset(asked, 0, sizeof(*asked));
+		drop = ask_fib(ctx, choice->backend, length, asked);
+		if (drop)
+			return xdp_drop(drop);
+		*hop = asked;
+	}
+	TRACING(to->next_hop = row; to->steps |= TRACE_NEXT_HOP);
+	if (unlikely(length > (*hop)->mtu))
+		return reply_error(ctx, packet, EVENT_TOO_BIG,
+				   (*hop)->mtu - (length - packet->length));
+	return WAY_FOUND;
+}
+
+/* The frame is made: it gets its tag, if any, and leaves. */
+static __always_inline int leave(struct xdp_md *ctx, const struct next_hop *hop)
+{
+	if (unlikely(hop->vlan)) {
+		int drop = push_vlan(ctx, hop->vlan);
+
+		if (drop)
+			return xdp_drop(drop);
+	}
+	return transmit(ctx, hop);
+}
+
 /* Sends the packet to the chosen backend's node. Returns an XDP action. */
 static __always_inline int forward(struct xdp_md *ctx, struct packet *packet,
 				   const struct choice *choice)
 {
-	__u32 row = (__u32)choice->word;
-	struct next_hop asked, *hop = bpf_map_lookup_elem(&next_hops, &row);
-	__u32 length = packet->length + overhead(packet, choice->backend);
-	int drop;
+	struct next_hop asked, *hop;
+	int action = find_way(ctx, packet, choice, &asked, &hop);
 
-	if (unlikely(packet->ttl <= 1 && !(packet->flags & PACKET_BOUNCED)))
-		return reply_error(ctx, packet, EVENT_TIME_EXCEEDED, 0);
-	if (unlikely(!row || !hop)) {
-		__builtin_memset(&asked, 0, sizeof(asked));
-		drop = ask_fib(ctx, choice->backend, length, &asked);
-		if (drop)
-			return xdp_drop(drop);
-		hop = &asked;
-	}
-	TRACING(to->next_hop = row; to->steps |= TRACE_NEXT_HOP);
-	if (unlikely(length > hop->mtu))
-		return reply_error(ctx, packet, EVENT_TOO_BIG,
-				   hop->mtu - (length - packet->length));
+	if (unlikely(action != WAY_FOUND))
+		return action;
 	/* The first attempt took it. */
 	if (likely(!(packet->flags & PACKET_BOUNCED)) && unlikely(!take_hop(ctx, packet)))
 		return xdp_drop(DROP_MALFORMED);
-	drop = wrap(ctx, packet, choice, hop);
-	if (unlikely(drop))
-		return xdp_drop(drop);
-	if (unlikely(hop->vlan)) {
-		drop = push_vlan(ctx, hop->vlan);
-		if (drop)
-			return xdp_drop(drop);
-	}
+	action = wrap(ctx, packet, choice, hop);
+	if (unlikely(action))
+		return xdp_drop(action);
 	count_choice(packet, choice);
-	return transmit(ctx, hop);
+	return leave(ctx, hop);
 }

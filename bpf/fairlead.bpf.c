@@ -5,6 +5,7 @@
 #include "encap.h"
 #include "fragment.h"
 #include "gate.h"
+#include "nat.h"
 #include "probe.h"
 #include "select.h"
 #include "tunnel.h"
@@ -94,6 +95,12 @@ static __always_inline int balance(struct xdp_md *ctx, struct packet *packet)
 	err = find_slot(choice.service, choice.hash, service_word, &slot, &word);
 	if (unlikely(service_flags(service_word) & SERVICE_GATED) && !err)
 		err = gate(packet, choice.service, service_flags(service_word));
+	if (unlikely(service_flags(service_word) & SERVICE_NAT) && !err) {
+		err = nat_choose(ctx, packet, choice.service, choice.hash,
+				 config.backend && owned_here(ctx, packet));
+		return deliver_to(ctx, packet, nat_forward(ctx, packet, choice.service, err),
+				  choice.hash);
+	}
 	if (unlikely(!err && contested(word)))
 		return deliver_to(ctx, packet,
 				  contest(ctx, packet, choice.service, choice.hash,
@@ -123,6 +130,12 @@ int fairlead_xdp(struct xdp_md *ctx)
 		return unwrap(ctx, &packet);
 	if (config.lb && maybe_vip(&packet.dst))
 		return balance(ctx, &packet);
+	if (config.lb && config.nat_ports && nat_local(&packet)) {
+		int action = nat_answer(ctx, &packet);
+
+		if (action != NAT_NOT_OURS)
+			return action;
+	}
 	trace_packet(&packet);
 	return xdp_pass();
 }
@@ -150,6 +163,7 @@ const struct named {
 	enum service_flag service_flag;
 	enum rate_kind rate_kind;
 	enum mode mode;
+	enum nat_state nat_state;
 	enum backend_state backend_state;
 	enum flow_state flow_state;
 	enum flow_fin flow_fin;

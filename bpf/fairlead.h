@@ -48,6 +48,7 @@ struct service_key {
 enum service_flag {
 	SERVICE_INDEPENDENT = 1 << 0, /* datagrams are never questions */
 	SERVICE_ORDERS = 1 << 1,      /* modes ipip and l2: there is nobody to ask */
+	SERVICE_NAT = 1 << 2,	      /* mode nat: flows are this node's own */
 	SERVICE_RANGES = 1 << 3,      /* only clients in source_ranges */
 	SERVICE_LIMITS = 1 << 4,      /* see service_limits */
 	SERVICE_AFFINITY = 1 << 5,    /* the slot is of the client's address alone */
@@ -187,6 +188,7 @@ enum mode {
 	MODE_IPIP = 2,	 /* IPv4-in-IPv4, IPv6-in-IPv6, IPv4-in-IPv6 */
 	MODE_LOCAL = 3,	 /* the backend is on this node: no tunnel */
 	MODE_L2 = 4,	 /* the destination MAC is rewritten, the packet stays */
+	MODE_NAT = 5,	 /* both addresses and ports are rewritten */
 };
 
 enum backend_state {
@@ -242,6 +244,54 @@ struct next_hop {
 	__be16 vlan; /* TCI of the tag to push; 0: none */
 	__u16 mtu;   /* of the route: L3 bytes of an encapsulated packet */
 	__u32 pad;
+};
+
+/* ---- Flows of mode nat (role lb) ---------------------------------------- */
+
+/*
+ * nat_flows: one entry a flow, for both directions, keyed by what the backend
+ * sees. Answers find it so; the client's packets try NAT_TRIES local ports that
+ * follow from the flow's hash, and compare what is in the entry.
+ */
+struct nat_key {
+	struct addr backend;
+	struct addr local;
+	__be16 backend_port;
+	__be16 local_port;
+	__u8 proto;
+	__u8 pad[3];
+};
+
+enum nat_state {
+	NAT_OPENING = 1, /* not answered yet */
+	NAT_OPEN = 2,
+	NAT_CLOSING = 3, /* a reset, or both FINs, were seen */
+};
+
+struct nat_flow {
+	struct addr client;
+	struct addr vip;
+	__be16 client_port;
+	__be16 vip_port;
+	__u8 state;    /* enum nat_state */
+	__u8 fins;     /* enum flow_fin: FLOW_FIN_CLIENT, FLOW_FIN_POD */
+	__be16 vlan;   /* TCI; with what follows, the way that the client's packets */
+	__u32 ifindex; /* came, and answers go */
+	__u8 dst_mac[6];
+	__u8 src_mac[6];
+	__u64 hash; /* that chose the slot */
+	__u64 seen; /* coarse boot-time clock, ns */
+};
+
+#define NAT_TRIES 8
+#define NAT_STEP 1031 /* from one try to the next */
+#define NAT_ADDRESSES_MAX 8
+#define NAT_OPENING_NS (30ULL * 1000000000ULL)
+
+/* nat_rooms[0], per CPU: what has no place on the stack. */
+struct nat_scratch {
+	struct nat_key key;
+	struct nat_flow flow;
 };
 
 /* ---- The backend's node (role backend) -------------------------------- */
@@ -424,6 +474,9 @@ enum drop {
 	DROP_SOURCE_RANGE = 14,	    /* the client is in none of the service's source ranges */
 	DROP_LIMIT_SERVICE = 15,    /* more than the service may have */
 	DROP_LIMIT_CLIENT = 16,	    /* more than one client of the service may have */
+	DROP_NAT_PORTS = 17,	    /* all local ports that a new flow may have are taken */
+	DROP_NAT_UNKNOWN = 18,	    /* a TCP packet of no connection of this node's */
+	DROP_NAT_FULL = 19,	    /* the table of flows of mode nat is full */
 	/* Tunnel packets to this node. */
 	DROP_TUNNEL_SOURCE = 20, /* outer source is no LB node of the shard */
 	DROP_TUNNEL_FORMAT = 21, /* Geneve or option not as we send it */
@@ -460,6 +513,8 @@ enum event {
 	EVENT_BOUNCE = 14,	    /* a packet that came back: the next attempt was made */
 	EVENT_HINT = 15,	    /* a contested flow went to where its hint says */
 	EVENT_TAKEN = 16,	    /* a flow that nobody has was ordered to the slot's backend */
+	EVENT_NAT_NEW = 17,	    /* a flow of mode nat begun */
+	EVENT_NAT_RETRY = 18,	    /* a local port was taken, and another tried */
 	EVENT_AFFINITY = 20,	    /* a new flow went to the Pod that its client had already */
 	EVENT_AFFINITIES_FULL = 21, /* a client's Pod could not be noted: the table is full */
 	EVENT_PROBE = 22,	    /* a health check's packet sent through the tunnel */
@@ -495,9 +550,16 @@ struct config {
 	__u8 pad[3];
 	__u32 budget_floor; /* see struct budget */
 	__u32 pad1;
-	__u64 idle_tcp_ns;     /* established TCP */
-	__u64 idle_udp_ns;     /* answered UDP */
-	__u64 idle_closing_ns; /* closing TCP */
+	__u64 idle_tcp_ns;		     /* established TCP */
+	__u64 idle_udp_ns;		     /* answered UDP */
+	__u64 idle_closing_ns;		     /* closing TCP */
+	struct addr nat4[NAT_ADDRESSES_MAX]; /* local addresses of mode nat */
+	struct addr nat6[NAT_ADDRESSES_MAX];
+	__u16 nat_first; /* of the local ports, */
+	__u16 nat_ports; /* and how many; 0: no mode nat */
+	__u8 nat4_count;
+	__u8 nat6_count;
+	__u8 pad2[2];
 };
 
 /* traces[0], written only when config.tracing: what was decided and by what. */

@@ -29,6 +29,11 @@ type NodeSpec struct {
 	// one the source is the tunnel address.
 	IPIPSourcePrefixes []string `json:"ipipSourcePrefixes,omitempty"`
 
+	// NATAddresses are what this LB node's packets to backends of mode NAT come
+	// from, up to 8 of each family; by default its tunnel addresses. Each gives a
+	// flow to each backend for every port of the agent's nat.ports.
+	NATAddresses []string `json:"natAddresses,omitempty"`
+
 	// PodAddresses and PodSubnets are the addresses of the Pods on this node.
 	// They tell which node an endpoint without nodeName is on.
 	PodAddresses []string `json:"podAddresses,omitempty"`

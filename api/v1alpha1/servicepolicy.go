@@ -20,7 +20,9 @@ type ServicePolicySpec struct {
 
 	// Mode is how packets reach the backends. Geneve, the default, needs the
 	// agent on the backend's node; with IPIP the server holds the VIP itself,
-	// and so it does with L2, on the LB nodes' own segment.
+	// and so it does with L2, on the LB nodes' own segment. With NAT the backend
+	// needs nothing: it sees an LB node's address, answers come back through that
+	// node, and the connections end with it.
 	Mode Mode `json:"mode,omitempty"`
 
 	// Datagrams says whether the UDP packets of one client port belong together
@@ -167,6 +169,7 @@ const (
 	ModeGeneve Mode = "Geneve"
 	ModeIPIP   Mode = "IPIP"
 	ModeL2     Mode = "L2"
+	ModeNAT    Mode = "NAT"
 )
 
 // Datagrams says what belongs together in UDP.

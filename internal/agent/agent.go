@@ -210,9 +210,14 @@ func (a *Agent) turn(ctx context.Context) error {
 		}
 	}
 	a.problem, a.programmed = nil, time.Now()
+	if len(want.Plan.NATAddresses) > 0 {
+		if problem := portsOverlap(a.config.natPorts()); problem != "" {
+			a.logOnce(slog.LevelWarn, problem)
+		}
+	}
 	a.health.Set(want.Plan.Probes)
 	a.health.Suspect(suspects(want.Plan.Probes, want.NextHops)...)
-	if want.Plan.Backend && time.Since(a.swept) >= resync {
+	if (want.Plan.Backend || len(want.Plan.NATAddresses) > 0) && time.Since(a.swept) >= resync {
 		a.swept = time.Now()
 		if _, err := a.dataplane.Sweep(); err != nil {
 			a.logOnce(slog.LevelWarn, err.Error())
@@ -270,7 +275,7 @@ func (a *Agent) open(snapshot lb.Snapshot) error {
 	}
 	c := a.config
 	a.dataplane, err = dataplane.Open(dataplane.Config{Interfaces: c.Interfaces, PinDir: c.PinDir, Secret: secret, Tag: tag,
-		VNI: c.Geneve.VNI, GenevePort: c.Geneve.Port, Limits: c.limits(), Census: a.census != nil, PureHash: c.PureHash, Generic: c.GenericXDP, Log: a.log,
+		VNI: c.Geneve.VNI, GenevePort: c.Geneve.Port, Limits: c.limits(), NATPorts: c.natPorts(), Census: a.census != nil, PureHash: c.PureHash, Generic: c.GenericXDP, Log: a.log,
 		Timeouts: lb.Timeouts{TCP: c.Timeouts.TCP, UDP: c.Timeouts.UDP, Closing: c.Timeouts.Closing}})
 	a.forwarding.Store(a.dataplane)
 	return err
@@ -335,6 +340,21 @@ func leastMTU(interfaces []string) (int, error) {
 		}
 	}
 	return least, nil
+}
+
+// portsOverlap says that sockets of this node may be given ports of mode NAT. No
+// flow takes one from a socket, but it may have to look for another.
+func portsOverlap(nat dataplane.PortRange) string {
+	const path = "/proc/sys/net/ipv4/ip_local_port_range"
+	var first, last uint16
+	text, err := os.ReadFile(path)
+	if err == nil {
+		_, err = fmt.Sscan(string(text), &first, &last)
+	}
+	if err != nil || last < nat.First || first > nat.Last {
+		return ""
+	}
+	return fmt.Sprintf("nat.ports: %d-%d overlaps net.ipv4.ip_local_port_range, %d-%d; change one of them", nat.First, nat.Last, first, last)
 }
 
 // logOnce logs what repeats itself once, until the plan changes.

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -89,7 +90,7 @@ func (c *census) inquiries(plan lb.Plan, sizes map[lb.FrontendID]int) []*inquiry
 	open := map[string]*inquiry{}
 	for _, f := range plan.Frontends {
 		size, ok := sizes[f.ID]
-		if !ok || f.Mode.Held() {
+		if !ok || f.Mode.Held() || f.Mode == lb.ModeNAT {
 			continue
 		}
 		asked := map[string]bool{}
@@ -230,7 +231,7 @@ func (a *Agent) watchCensus(ctx context.Context) error {
 		}
 		if time.Since(expired) >= censusExpire {
 			expired = time.Now()
-			if err := d.Expire(); err != nil {
+			if err := errors.Join(d.NATCensus(), d.Expire()); err != nil {
 				a.log.Error("end contests", "error", err)
 			}
 		}

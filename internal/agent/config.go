@@ -9,6 +9,8 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -35,6 +37,10 @@ type Config struct {
 		Key         string `yaml:"key"`
 		Authority   string `yaml:"authority"` // the certificate that all are signed by
 	} `yaml:"peers"`
+	// NAT is how LB nodes reach backends of services of mode NAT.
+	NAT struct {
+		Ports string `yaml:"ports"` // local ports, e.g. 61000-65535, that no socket of this node uses
+	} `yaml:"nat"`
 	Socket  string `yaml:"socket"`  // of the status API
 	Metrics string `yaml:"metrics"` // address of /metrics, /healthz, /readyz; "" for none
 	PinDir  string `yaml:"pinDir"`
@@ -59,6 +65,7 @@ type Config struct {
 		SourceRanges int `yaml:"sourceRanges"`
 		Clients      int `yaml:"clients"`
 		Affinities   int `yaml:"affinities"`
+		NATFlows     int `yaml:"natFlows"`
 	} `yaml:"limits"`
 	Timeouts struct {
 		TCP     time.Duration `yaml:"tcp"`
@@ -83,6 +90,7 @@ func ReadConfig(path string) (Config, error) {
 	c.Geneve.Port, c.Geneve.VNI, c.Peers.Port = 6082, 1, 9471
 	c.Socket, c.PinDir, c.Metrics = DefaultSocket, DefaultPinDir, "127.0.0.1:9470"
 	c.Log.Format, c.Log.Level = "text", "info"
+	c.NAT.Ports = fmt.Sprintf("%d-%d", dataplane.DefaultNATPorts.First, dataplane.DefaultNATPorts.Last)
 	c.Timeouts.TCP, c.Timeouts.UDP, c.Timeouts.Closing = 2*time.Hour+10*time.Minute, 2*time.Minute, 2*time.Minute
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -116,6 +124,8 @@ func (c *Config) validate() error {
 		return fmt.Errorf("geneve.vni: %d does not fit 24 bits", c.Geneve.VNI)
 	case c.Peers.Certificate == "" != (c.Peers.Key == "") || c.Peers.Certificate == "" != (c.Peers.Authority == ""):
 		return errors.New("peers: certificate, key and authority belong together; set all or none")
+	case c.natPorts() == (dataplane.PortRange{}):
+		return fmt.Errorf("nat.ports: %q; write a range such as 61000-65535", c.NAT.Ports)
 	case c.Peers.Port == 0:
 		return errors.New("peers.port: 0; write a number from 1 to 65535")
 	case c.Log.Format != "text" && c.Log.Format != "json":
@@ -128,6 +138,17 @@ func (c *Config) validate() error {
 		return fmt.Errorf("log.level: %q; use debug, info, warn or error", c.Log.Level)
 	}
 	return nil
+}
+
+// natPorts is the range, zero when there is none.
+func (c *Config) natPorts() dataplane.PortRange {
+	first, last, _ := strings.Cut(c.NAT.Ports, "-")
+	a, errA := strconv.ParseUint(first, 10, 16)
+	b, errB := strconv.ParseUint(last, 10, 16)
+	if errA != nil || errB != nil || a == 0 || b < a {
+		return dataplane.PortRange{}
+	}
+	return dataplane.PortRange{First: uint16(a), Last: uint16(b)}
 }
 
 // Logger returns the logger that the configuration asks for.
@@ -147,5 +168,5 @@ func (c *Config) limits() dataplane.Limits {
 	l := c.Limits
 	return dataplane.Limits{Services: l.Services, Slots: l.Slots, Candidates: l.Candidates, Hints: l.Hints, Backends: l.Backends, NextHops: l.NextHops, Pods: l.Pods,
 		Flows: l.Flows, Pending: l.Pending, Fragments: l.Fragments, LBNodes: l.LBNodes,
-		SourceRanges: l.SourceRanges, Clients: l.Clients, Affinities: l.Affinities}
+		SourceRanges: l.SourceRanges, Clients: l.Clients, Affinities: l.Affinities, NATFlows: l.NATFlows}
 }

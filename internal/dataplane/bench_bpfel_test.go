@@ -29,6 +29,8 @@ const (
 	benchMapFragments       = "fragments"
 	benchMapHints           = "hints"
 	benchMapLbNodes         = "lb_nodes"
+	benchMapNatFlows        = "nat_flows"
+	benchMapNatRooms        = "nat_rooms"
 	benchMapNextHops        = "next_hops"
 	benchMapPending         = "pending"
 	benchMapPods            = "pods"
@@ -132,6 +134,8 @@ type benchMapSpecs struct {
 	Fragments       *ebpf.MapSpec `ebpf:"fragments"`
 	Hints           *ebpf.MapSpec `ebpf:"hints"`
 	LbNodes         *ebpf.MapSpec `ebpf:"lb_nodes"`
+	NatFlows        *ebpf.MapSpec `ebpf:"nat_flows"`
+	NatRooms        *ebpf.MapSpec `ebpf:"nat_rooms"`
 	NextHops        *ebpf.MapSpec `ebpf:"next_hops"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Pods            *ebpf.MapSpec `ebpf:"pods"`
@@ -199,6 +203,8 @@ type benchMaps struct {
 	Fragments       *ebpf.Map `ebpf:"fragments"`
 	Hints           *ebpf.Map `ebpf:"hints"`
 	LbNodes         *ebpf.Map `ebpf:"lb_nodes"`
+	NatFlows        *ebpf.Map `ebpf:"nat_flows"`
+	NatRooms        *ebpf.Map `ebpf:"nat_rooms"`
 	NextHops        *ebpf.Map `ebpf:"next_hops"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Pods            *ebpf.Map `ebpf:"pods"`
@@ -233,6 +239,8 @@ func (m *benchMaps) Close() error {
 		m.Fragments,
 		m.Hints,
 		m.LbNodes,
+		m.NatFlows,
+		m.NatRooms,
 		m.NextHops,
 		m.Pending,
 		m.Pods,

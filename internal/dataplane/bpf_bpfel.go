@@ -117,6 +117,19 @@ type bpfConfig struct {
 	IdleTcpNs     uint64
 	IdleUdpNs     uint64
 	IdleClosingNs uint64
+	Nat4          [8]struct {
+		_ structs.HostLayout
+		W [4]uint32
+	}
+	Nat6 [8]struct {
+		_ structs.HostLayout
+		W [4]uint32
+	}
+	NatFirst  uint16
+	NatPorts  uint16
+	Nat4Count uint8
+	Nat6Count uint8
+	Pad2      [2]uint8
 }
 
 type bpfCounter struct {
@@ -146,6 +159,9 @@ const (
 	bpfDropDROP_SOURCE_RANGE      bpfDrop = 14
 	bpfDropDROP_LIMIT_SERVICE     bpfDrop = 15
 	bpfDropDROP_LIMIT_CLIENT      bpfDrop = 16
+	bpfDropDROP_NAT_PORTS         bpfDrop = 17
+	bpfDropDROP_NAT_UNKNOWN       bpfDrop = 18
+	bpfDropDROP_NAT_FULL          bpfDrop = 19
 	bpfDropDROP_TUNNEL_SOURCE     bpfDrop = 20
 	bpfDropDROP_TUNNEL_FORMAT     bpfDrop = 21
 	bpfDropDROP_TUNNEL_VNI        bpfDrop = 22
@@ -181,6 +197,8 @@ const (
 	bpfEventEVENT_BOUNCE          bpfEvent = 14
 	bpfEventEVENT_HINT            bpfEvent = 15
 	bpfEventEVENT_TAKEN           bpfEvent = 16
+	bpfEventEVENT_NAT_NEW         bpfEvent = 17
+	bpfEventEVENT_NAT_RETRY       bpfEvent = 18
 	bpfEventEVENT_AFFINITY        bpfEvent = 20
 	bpfEventEVENT_AFFINITIES_FULL bpfEvent = 21
 	bpfEventEVENT_PROBE           bpfEvent = 22
@@ -278,6 +296,47 @@ const (
 	bpfModeMODE_IPIP   bpfMode = 2
 	bpfModeMODE_LOCAL  bpfMode = 3
 	bpfModeMODE_L2     bpfMode = 4
+	bpfModeMODE_NAT    bpfMode = 5
+)
+
+type bpfNatFlow struct {
+	_          structs.HostLayout
+	Client     bpfAddr
+	Vip        bpfAddr
+	ClientPort uint16
+	VipPort    uint16
+	State      uint8
+	Fins       uint8
+	Vlan       uint16
+	Ifindex    uint32
+	DstMac     [6]uint8
+	SrcMac     [6]uint8
+	Hash       uint64
+	Seen       uint64
+}
+
+type bpfNatKey struct {
+	_           structs.HostLayout
+	Backend     bpfAddr
+	Local       bpfAddr
+	BackendPort uint16
+	LocalPort   uint16
+	Proto       uint8
+	Pad         [3]uint8
+}
+
+type bpfNatScratch struct {
+	_    structs.HostLayout
+	Key  bpfNatKey
+	Flow bpfNatFlow
+}
+
+type bpfNatState uint32
+
+const (
+	bpfNatStateNAT_OPENING bpfNatState = 1
+	bpfNatStateNAT_OPEN    bpfNatState = 2
+	bpfNatStateNAT_CLOSING bpfNatState = 3
 )
 
 type bpfNextHop struct {
@@ -342,6 +401,7 @@ type bpfServiceFlag uint32
 const (
 	bpfServiceFlagSERVICE_INDEPENDENT bpfServiceFlag = 1
 	bpfServiceFlagSERVICE_ORDERS      bpfServiceFlag = 2
+	bpfServiceFlagSERVICE_NAT         bpfServiceFlag = 4
 	bpfServiceFlagSERVICE_RANGES      bpfServiceFlag = 8
 	bpfServiceFlagSERVICE_LIMITS      bpfServiceFlag = 16
 	bpfServiceFlagSERVICE_AFFINITY    bpfServiceFlag = 32
@@ -468,6 +528,8 @@ const (
 	bpfMapFragments       = "fragments"
 	bpfMapHints           = "hints"
 	bpfMapLbNodes         = "lb_nodes"
+	bpfMapNatFlows        = "nat_flows"
+	bpfMapNatRooms        = "nat_rooms"
 	bpfMapNextHops        = "next_hops"
 	bpfMapPending         = "pending"
 	bpfMapPods            = "pods"
@@ -555,6 +617,8 @@ type bpfMapSpecs struct {
 	Fragments       *ebpf.MapSpec `ebpf:"fragments"`
 	Hints           *ebpf.MapSpec `ebpf:"hints"`
 	LbNodes         *ebpf.MapSpec `ebpf:"lb_nodes"`
+	NatFlows        *ebpf.MapSpec `ebpf:"nat_flows"`
+	NatRooms        *ebpf.MapSpec `ebpf:"nat_rooms"`
 	NextHops        *ebpf.MapSpec `ebpf:"next_hops"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Pods            *ebpf.MapSpec `ebpf:"pods"`
@@ -612,6 +676,8 @@ type bpfMaps struct {
 	Fragments       *ebpf.Map `ebpf:"fragments"`
 	Hints           *ebpf.Map `ebpf:"hints"`
 	LbNodes         *ebpf.Map `ebpf:"lb_nodes"`
+	NatFlows        *ebpf.Map `ebpf:"nat_flows"`
+	NatRooms        *ebpf.Map `ebpf:"nat_rooms"`
 	NextHops        *ebpf.Map `ebpf:"next_hops"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Pods            *ebpf.Map `ebpf:"pods"`
@@ -643,6 +709,8 @@ func (m *bpfMaps) Close() error {
 		m.Fragments,
 		m.Hints,
 		m.LbNodes,
+		m.NatFlows,
+		m.NatRooms,
 		m.NextHops,
 		m.Pending,
 		m.Pods,

@@ -53,6 +53,9 @@ func (d *Dataplane) constants(want Desired) (bpfConfig, error) {
 			c.Node6, c.Ipip6 = bpfAddrOf(addr), bpfAddrOf(addr)
 		}
 	}
+	if err := d.natConstants(&c, plan); err != nil {
+		return c, err
+	}
 	for _, prefix := range plan.IPIPSources {
 		if prefix.Addr().Is4() {
 			c.Ipip4, c.Ipip4Mask = bpfAddrOf(prefix.Masked().Addr()), hostMask(prefix)
@@ -65,6 +68,29 @@ func (d *Dataplane) constants(want Desired) (bpfConfig, error) {
 		c.Mss6 = uint16(want.MTU - outerBytes - 16 - 40 - tcpBytes)
 	}
 	return c, nil
+}
+
+// natConstants are where mode NAT's packets to backends come from.
+func (d *Dataplane) natConstants(c *bpfConfig, plan lb.Plan) error {
+	for _, addr := range plan.NATAddresses {
+		if why := lb.Unusable(addr); why != "" {
+			return fmt.Errorf("refuse Node %s: spec.natAddresses: %s %s", plan.Node, addr, why)
+		}
+		to, count := &c.Nat6, &c.Nat6Count
+		if addr.Is4() {
+			to, count = &c.Nat4, &c.Nat4Count
+		}
+		if int(*count) == len(to) {
+			return fmt.Errorf("refuse Node %s: spec.natAddresses: more than %d of one family", plan.Node, len(to))
+		}
+		to[*count] = bpfAddrOf(addr)
+		*count++
+	}
+	if len(plan.NATAddresses) > 0 {
+		c.NatFirst = d.config.NATPorts.First
+		c.NatPorts = d.config.NATPorts.Last - d.config.NATPorts.First + 1
+	}
+	return nil
 }
 
 // withDefaults fills in the timeouts that are not set.
@@ -96,6 +122,6 @@ func hostMask(p netip.Prefix) bpfAddr {
 // withoutBalancer is for nodes that only have role backend.
 func (l Limits) withoutBalancer() Limits {
 	l.Services, l.Slots, l.Candidates, l.Hints, l.Backends, l.NextHops = 2, 256, 2, 2, 2, 2
-	l.SourceRanges, l.Clients = 2, 2
+	l.SourceRanges, l.Clients, l.NATFlows = 2, 2, 2
 	return l
 }

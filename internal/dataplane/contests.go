@@ -87,7 +87,7 @@ func (b *balancer) dropRow(list slots.List, now time.Time) {
 
 // suspects are the backends of a frontend that never said what they own.
 func (b *balancer) suspects(known *frontend, want lb.Frontend) []uint32 {
-	if !b.suspicious || want.Mode.Held() {
+	if !b.suspicious || want.Mode.Held() || want.Mode == lb.ModeNAT {
 		return nil
 	}
 	var all []uint32
@@ -173,7 +173,7 @@ func (d *Dataplane) Expire() error {
 
 func (b *balancer) expire(timeouts lb.Timeouts, now time.Time) error {
 	for id, known := range b.frontends {
-		if b.suspicious && !known.applied.Mode.Held() || known.table.Contested() == 0 {
+		if b.suspicious && !known.applied.Mode.Held() && known.applied.Mode != lb.ModeNAT || known.table.Contested() == 0 {
 			continue // the census ends its contests, or there are none
 		}
 		idle := timeouts.TCP

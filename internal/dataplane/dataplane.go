@@ -28,17 +28,24 @@ type Config struct {
 	GenevePort uint16
 	Timeouts   lb.Timeouts
 	Limits     Limits
+	NATPorts   PortRange
 	Census     bool // backends' nodes are asked which flows they have
 	PureHash   bool // forget who had a slot, for comparison
 	Generic    bool // use generic XDP, with a warning, where a driver has none
 	Log        *slog.Logger
 }
 
+// PortRange is ports, both ends included.
+type PortRange struct{ First, Last uint16 }
+
+// DefaultNATPorts are above what Linux gives to sockets by itself.
+var DefaultNATPorts = PortRange{61000, 65535}
+
 // Limits are the sizes of the maps. 0 means the default.
 type Limits struct {
 	Services, Slots, Candidates, Hints, Backends, NextHops, Pods, Flows, Pending, Fragments, LBNodes int
 
-	SourceRanges, Clients, Affinities int
+	SourceRanges, Clients, Affinities, NATFlows int
 }
 
 // withDefaults fills in what is 0. In brackets, the memory of the default:
@@ -65,6 +72,7 @@ func (l Limits) withDefaults() Limits {
 	set(&l.SourceRanges, 1<<17)
 	set(&l.Clients, 65536)
 	set(&l.Affinities, 1<<18)
+	set(&l.NATFlows, 1<<18)
 	return l
 }
 
@@ -91,7 +99,7 @@ type Dataplane struct {
 	hooks    *hooks
 	flows    int // when they were last counted
 
-	affinities int // the same
+	affinities, natFlows int // the same
 
 	ownership *Ownership // the last, see Owned
 
@@ -101,11 +109,17 @@ type Dataplane struct {
 // Open checks what can be checked before there is a plan. It loads nothing.
 func Open(cfg Config) (*Dataplane, error) {
 	cfg.Limits, cfg.Timeouts = cfg.Limits.withDefaults(), withDefaults(cfg.Timeouts)
+	if cfg.NATPorts == (PortRange{}) {
+		cfg.NATPorts = DefaultNATPorts
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
 	if len(cfg.Interfaces) == 0 {
 		return nil, errors.New("interfaces: none given; name the devices that carry the traffic")
+	}
+	if cfg.NATPorts.First == 0 || cfg.NATPorts.Last < cfg.NATPorts.First {
+		return nil, fmt.Errorf("nat.ports: %d-%d is no range of ports", cfg.NATPorts.First, cfg.NATPorts.Last)
 	}
 	if cfg.VNI >= 1<<24 {
 		return nil, fmt.Errorf("geneve.vni: %d does not fit 24 bits", cfg.VNI)
@@ -122,7 +136,7 @@ func Open(cfg Config) (*Dataplane, error) {
 func checkLimits(l Limits) error {
 	for name, value := range map[string]int{"services": l.Services, "slots": l.Slots, "candidates": l.Candidates, "hints": l.Hints, "backends": l.Backends,
 		"nextHops": l.NextHops, "pods": l.Pods, "flows": l.Flows, "pending": l.Pending, "fragments": l.Fragments, "lbNodes": l.LBNodes,
-		"sourceRanges": l.SourceRanges, "clients": l.Clients, "affinities": l.Affinities} {
+		"sourceRanges": l.SourceRanges, "clients": l.Clients, "affinities": l.Affinities, "natFlows": l.NATFlows} {
 		if value < 2 || value > 1<<27 {
 			return fmt.Errorf("limits.%s: %d is not between 2 and %d", name, value, 1<<27)
 		}

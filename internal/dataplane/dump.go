@@ -115,5 +115,5 @@ func dumpBackend(c *contents, number uint32) string {
 }
 
 var modeNames = map[bpfMode]string{
-	bpfModeMODE_GENEVE: "geneve", bpfModeMODE_IPIP: "ipip", bpfModeMODE_LOCAL: "local", bpfModeMODE_L2: "l2",
+	bpfModeMODE_GENEVE: "geneve", bpfModeMODE_IPIP: "ipip", bpfModeMODE_LOCAL: "local", bpfModeMODE_L2: "l2", bpfModeMODE_NAT: "nat",
 }

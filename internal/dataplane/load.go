@@ -23,7 +23,7 @@ type objects struct {
 
 // kept are the maps that outlive the agent: where they fit, it goes on with
 // what is in them.
-var kept = []string{"flows", "pending", "fragments", "pods", "affinities"}
+var kept = []string{"flows", "pending", "fragments", "pods", "affinities", "nat_flows"}
 
 func loadObjects(cfg Config, constant bpfConfig, balancer bool) (*objects, error) {
 	spec, err := loadBpf()
@@ -40,7 +40,7 @@ func loadObjects(cfg Config, constant bpfConfig, balancer bool) (*objects, error
 		"candidates": limits.Candidates, "hints": limits.Hints, "syns": max(limits.Hints/4, 2), "slots": limits.Slots,
 		"backends": limits.Backends, "backend_counters": limits.Backends, "next_hops": limits.NextHops,
 		"pods": limits.Pods, "flows": limits.Flows, "pending": limits.Pending, "fragments": limits.Fragments,
-		"lb_nodes": limits.LBNodes, "affinities": limits.Affinities,
+		"lb_nodes": limits.LBNodes, "affinities": limits.Affinities, "nat_flows": limits.NATFlows,
 		"source_ranges": limits.SourceRanges, "service_limits": limits.Services, "client_buckets": limits.Clients,
 		"probes": min(max(limits.Backends, 2), 1<<17),
 	} {

@@ -239,5 +239,6 @@ func (d *Dataplane) capacity() []Capacity {
 		{"source_ranges", b.ranges, limits.SourceRanges},
 		{"clients", -1, limits.Clients},
 		{"affinities", d.affinities, limits.Affinities},
+		{"nat_flows", d.natFlows, limits.NATFlows},
 	}
 }

@@ -43,7 +43,7 @@ func (d *Dataplane) Sweep() (flows int, err error) {
 		}
 	}
 	d.flows = flows - len(idle)
-	return d.flows, d.sweepAffinities(uint64(now.Nano()))
+	return d.flows, errors.Join(d.sweepAffinities(uint64(now.Nano())), d.sweepNAT())
 }
 
 // sweepAffinities removes those that keep no client any more.
@@ -80,8 +80,11 @@ func (r *receiver) keeps(key bpfFlowKey, a *bpfAffinity, now uint64) bool {
 }
 
 // eachFlow calls f with each entry of a map whose keys are flows'.
-func eachFlow[V any](m *ebpf.Map, f func(bpfFlowKey, *V)) error {
-	keys, values := make([]bpfFlowKey, sweepBatch), make([]V, sweepBatch)
+func eachFlow[V any](m *ebpf.Map, f func(bpfFlowKey, *V)) error { return eachEntry(m, f) }
+
+// eachEntry calls f with each entry of a hash map.
+func eachEntry[K, V any](m *ebpf.Map, f func(K, *V)) error {
+	keys, values := make([]K, sweepBatch), make([]V, sweepBatch)
 	var cursor ebpf.MapBatchCursor
 	for {
 		n, err := m.BatchLookup(&cursor, keys, values, nil)

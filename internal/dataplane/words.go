@@ -76,6 +76,9 @@ func serviceWord(offset, bits uint32, f lb.Frontend) uint64 {
 	if f.Mode.Held() {
 		word |= uint64(bpfServiceFlagSERVICE_ORDERS) << serviceFlagsShift
 	}
+	if f.Mode == lb.ModeNAT {
+		word |= uint64(bpfServiceFlagSERVICE_NAT) << serviceFlagsShift
+	}
 	if len(f.SourceRanges) > 0 {
 		word |= uint64(bpfServiceFlagSERVICE_RANGES) << serviceFlagsShift
 	}
@@ -107,7 +110,7 @@ func vipBit(vip netip.Addr) (word uint32, mask uint64) {
 }
 
 var modes = map[lb.Mode]bpfMode{
-	lb.ModeGeneve: bpfModeMODE_GENEVE, lb.ModeIPIP: bpfModeMODE_IPIP, lb.ModeLocal: bpfModeMODE_LOCAL, lb.ModeL2: bpfModeMODE_L2,
+	lb.ModeGeneve: bpfModeMODE_GENEVE, lb.ModeIPIP: bpfModeMODE_IPIP, lb.ModeLocal: bpfModeMODE_LOCAL, lb.ModeL2: bpfModeMODE_L2, lb.ModeNAT: bpfModeMODE_NAT,
 }
 
 // targetOf is where a backend's packets are delivered.
@@ -126,7 +129,7 @@ func backendRow(b lb.Backend, tag [8]byte) bpfBackend {
 	if b.ID.Tunnel.IsValid() {
 		row.Tunnel = bpfAddrOf(b.ID.Tunnel)
 	}
-	if b.ID.Tunnel.Is4() && b.ID.Mode != lb.ModeL2 {
+	if b.ID.Tunnel.Is4() && (b.ID.Mode == lb.ModeGeneve || b.ID.Mode == lb.ModeIPIP) {
 		row.OuterSum = outerSum(b.ID)
 	}
 	return row

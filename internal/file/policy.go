@@ -18,14 +18,14 @@ import (
 
 const largestTable = 131072
 
-var modes = map[v1alpha1.Mode]lb.Mode{"": lb.ModeGeneve, v1alpha1.ModeGeneve: lb.ModeGeneve, v1alpha1.ModeIPIP: lb.ModeIPIP, v1alpha1.ModeL2: lb.ModeL2}
+var modes = map[v1alpha1.Mode]lb.Mode{"": lb.ModeGeneve, v1alpha1.ModeGeneve: lb.ModeGeneve, v1alpha1.ModeIPIP: lb.ModeIPIP, v1alpha1.ModeL2: lb.ModeL2, v1alpha1.ModeNAT: lb.ModeNAT}
 
 func (b *builder) addPolicy(o *object, v *v1alpha1.ServicePolicy) {
 	policy := lb.Policy{Name: v.Name, Mode: lb.ModeGeneve}
 	if mode, ok := modes[v.Spec.Mode]; ok {
 		policy.Mode = mode
 	} else {
-		o.find(badPolicy, "spec.mode", "%q is none of Geneve, IPIP and L2", v.Spec.Mode)
+		o.find(badPolicy, "spec.mode", "%q is none of Geneve, IPIP, L2 and NAT", v.Spec.Mode)
 	}
 	switch v.Spec.Datagrams {
 	case "", v1alpha1.DatagramsStream:

@@ -151,6 +151,14 @@ func (b *builder) addNode(o *object, v *v1alpha1.Node) {
 			}
 		}
 	}
+	for i, text := range v.Spec.NATAddresses {
+		if addr, ok := o.address(text, fmt.Sprintf("spec.natAddresses[%d]", i), badAddress); ok {
+			n.NATAddresses = append(n.NATAddresses, addr)
+		}
+	}
+	if count := len(n.NATAddresses); count > 16 {
+		o.find(badTunnel, "spec.natAddresses", "%d are more than 8 of each family", count)
+	}
 	for i, text := range v.Spec.PodAddresses {
 		if addr, ok := o.address(text, fmt.Sprintf("spec.podAddresses[%d]", i), badAddress); ok {
 			n.Pods = append(n.Pods, netip.PrefixFrom(addr, addr.BitLen()))

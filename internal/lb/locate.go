@@ -86,7 +86,7 @@ func (l *Locator) Node(e *Endpoint) *Node {
 func (l *Locator) Reach(e *Endpoint, mode Mode, vip netip.Addr) (tunnels []netip.Addr, problem string) {
 	node := l.Node(e)
 	switch {
-	case mode == ModeL2:
+	case mode == ModeL2, mode == ModeNAT:
 		return []netip.Addr{e.Address}, ""
 	case mode == ModeIPIP && (node == nil || !node.Backend):
 		// A plain server decapsulates by itself.

@@ -20,6 +20,7 @@ type Plan struct {
 	// TunnelAddresses and IPIPSources are the node's own.
 	TunnelAddresses []netip.Addr
 	IPIPSources     []netip.Prefix
+	NATAddresses    []netip.Addr // where any frontend's mode is NAT
 
 	// Frontends is what an LB node balances, sorted by VIP, port, protocol.
 	Frontends []Frontend
@@ -102,7 +103,7 @@ func (s BackendState) String() string {
 // keys of lookup tables are made of; Tunnel, Mode and Local are this node's.
 type BackendID struct {
 	Target netip.AddrPort // the Pod; in mode ipip the server itself
-	Tunnel netip.Addr     // outer destination, in ModeL2 the target; zero in ModeLocal
+	Tunnel netip.Addr     // outer destination, in ModeL2 and ModeNAT the target; zero in ModeLocal
 	Mode   Mode
 	UID    string // of the Pod; "" when unknown
 	// Local is ModeLocal's key into Pods: Target, or the frontend's own VIP and

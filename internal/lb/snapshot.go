@@ -40,6 +40,7 @@ const (
 	ModeGeneve Mode = "Geneve"
 	ModeIPIP   Mode = "IPIP"
 	ModeL2     Mode = "L2"
+	ModeNAT    Mode = "NAT"
 	ModeLocal  Mode = "Local"
 )
 
@@ -149,6 +150,9 @@ type Node struct {
 	// IPIPSources are prefixes that the outer source of an LB node's ipip
 	// packets varies in: at most one of each family, and none when it does not.
 	IPIPSources []netip.Prefix
+	// NATAddresses are what an LB node's packets to backends of ModeNAT come from:
+	// up to 8 of each family.
+	NATAddresses []netip.Addr
 	// Pods are the addresses and subnets of the Pods on this node.
 	Pods []netip.Prefix
 }

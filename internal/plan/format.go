@@ -19,7 +19,11 @@ func Format(p lb.Plan) string {
 	if p.Backend {
 		b.WriteString(" backend")
 	}
-	fmt.Fprintf(&b, " tunnel %v ipip-sources %v\n", p.TunnelAddresses, p.IPIPSources)
+	fmt.Fprintf(&b, " tunnel %v ipip-sources %v", p.TunnelAddresses, p.IPIPSources)
+	if len(p.NATAddresses) > 0 {
+		fmt.Fprintf(&b, " nat %v", p.NATAddresses)
+	}
+	b.WriteString("\n")
 	for _, f := range p.Frontends {
 		fmt.Fprintf(&b, "frontend %s service %s port %q slots %d", f.ID, f.Service, f.PortName, f.TableSize)
 		if f.Independent {

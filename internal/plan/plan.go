@@ -45,6 +45,12 @@ func ForNode(s lb.Snapshot, node string) (lb.Plan, []lb.Finding) {
 	for i := range s.Services {
 		p.service(&plan, &s.Services[i])
 	}
+	if self.LoadBalancer && slices.ContainsFunc(plan.Frontends, func(f lb.Frontend) bool { return f.Mode == lb.ModeNAT }) {
+		plan.NATAddresses = self.NATAddresses
+		if len(plan.NATAddresses) == 0 {
+			plan.NATAddresses = self.TunnelAddresses
+		}
+	}
 	slices.SortFunc(plan.Frontends, func(a, b lb.Frontend) int { return a.ID.Compare(b.ID) })
 	if self.LoadBalancer {
 		plan.Peers = peers(s.Nodes, self)

@@ -25,15 +25,18 @@ func probes(frontends []lb.Frontend, services []lb.Service) []lb.Probe {
 			continue
 		}
 		for _, b := range f.Backends {
-			p := lb.Probe{ID: lb.ProbeID{Service: f.Service, Target: b.ID.Target, Protocol: f.ID.Protocol}, Check: policy.Check, Via: b.ID, Tunneled: true}
+			p := lb.Probe{ID: lb.ProbeID{Service: f.Service, Target: b.ID.Target, Protocol: f.ID.Protocol}, Check: policy.Check, Via: b.ID, Tunneled: b.ID.Mode != lb.ModeNAT}
 			if b.State != lb.Active || found[p.ID] {
 				continue
 			}
 			found[p.ID] = true
 			p.Address, _ = probedAt(policy, f.ID.VIP, lb.ServicePort{Port: f.ID.Port, Protocol: f.ID.Protocol}, b.ID.Target)
-			if b.ID.Mode == lb.ModeLocal {
+			switch b.ID.Mode {
+			case lb.ModeLocal:
 				p.Tunneled = false
 				p.Address = netip.AddrPortFrom(b.ID.Local.Addr(), cmp.Or(policy.Check.Port, b.ID.Local.Port()))
+			case lb.ModeNAT:
+				p.Address = netip.AddrPortFrom(b.ID.Target.Addr(), cmp.Or(policy.Check.Port, b.ID.Target.Port()))
 			}
 			all = append(all, p)
 		}
