@@ -5,6 +5,7 @@ package e2e
 import (
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -264,5 +265,105 @@ func requests4(t *testing.T, n *testnet.Network, count, servers int) {
 	}
 	if len(seen) != servers {
 		t.Errorf("%d servers answered, want %d: %v", len(seen), servers, seen)
+	}
+}
+
+// Backends that can do nothing: they see an LB node's address, and their
+// answers come back through it. Connections outlive changes of the backends.
+func TestNAT(t *testing.T) {
+	nodes := testnet.DefaultNodes()
+	for i := range nodes {
+		nodes[i].Pods = 0
+		if nodes[i].Backend {
+			nodes[i].Agent, nodes[i].Backend = false, true
+		}
+	}
+	nat := func(n *testnet.Network) testnet.Service {
+		return testnet.Service{Name: "web", VIPs: both, Port: 80, TargetPort: 8080, Protocol: "TCP", Mode: "NAT", Servers: n.Backends()}
+	}
+	n := network(t, nodes, func(n *testnet.Network) {
+		for _, node := range n.Backends() {
+			serve(t, node.Namespace, 8080, 5353)
+		}
+	}, nat)
+	lb := map[string]bool{}
+	for _, node := range n.LoadBalancers() {
+		lb[node.Address4.String()], lb[node.Address6.String()] = true, true
+	}
+	for _, vip := range both {
+		seen := map[string]int{}
+		for range 300 {
+			server, client, err := who(n.Client, vip)
+			must(t, err)
+			if !lb[client] {
+				t.Fatalf("the server saw %s, which is no LB node", client)
+			}
+			seen[server]++
+		}
+		if len(seen) != 4 {
+			t.Errorf("%v answered", seen)
+		}
+		const size = 16 << 20
+		c, err := dial(n.Client, "tcp", vip, 80)
+		must(t, err)
+		must(t, c.SetDeadline(time.Now().Add(30*time.Second)))
+		_, err = fmt.Fprintf(c, "get %d\n", size)
+		must(t, err)
+		if got, err := io.Copy(io.Discard, c); err != nil || got != size {
+			t.Errorf("%s: %d of %d bytes, %v", vip, got, size, err)
+		}
+		c.Close()
+	}
+	var held []net.Conn
+	for range 60 {
+		c, err := dial(n.Client, "tcp", vip4, 80)
+		must(t, err)
+		defer c.Close()
+		held = append(held, c)
+	}
+	service := nat(n)
+	service.Servers, service.Leaving = n.Backends()[1:], n.Backends()[:1]
+	must(t, n.WriteService(service))
+	time.Sleep(500 * time.Millisecond)
+	for range 60 {
+		server, _, err := who(n.Client, vip4)
+		must(t, err)
+		if server == n.Backends()[0].Label {
+			t.Fatal("a new connection went to the server that leaves")
+		}
+	}
+	for i, c := range held {
+		must(t, c.SetDeadline(time.Now().Add(patience)))
+		_, err := io.WriteString(c, "who\n")
+		if err == nil {
+			_, err = readLine(c)
+		}
+		if err != nil {
+			t.Errorf("connection %d broke: %v", i, err)
+		}
+	}
+}
+
+// DNS by way of mode NAT.
+func TestNATDatagrams(t *testing.T) {
+	nodes := testnet.DefaultNodes()
+	n := network(t, nodes, nil, func(n *testnet.Network) testnet.Service {
+		s := dns(n)
+		s.Mode = "NAT"
+		return s
+	})
+	for _, vip := range both {
+		for range 100 {
+			c, err := dial(n.Client, "udp", vip, 53)
+			must(t, err)
+			must(t, c.SetDeadline(time.Now().Add(patience)))
+			_, err = c.Write([]byte("question"))
+			must(t, err)
+			buffer := make([]byte, 2048)
+			if _, err := c.Read(buffer); err != nil {
+				t.Fatalf("%s: %v", vip, err)
+			}
+			c.Close()
+		}
 	}
 }
