@@ -52,6 +52,8 @@ static __always_inline int deliver_to(struct xdp_md *ctx, struct packet *packet,
 	pod.proto = packet->proto;
 	pod.pad = 0;
 	drop = claim(ctx, packet, &pod, hash, VERB_DELIVER);
+	if (drop == CLAIM_COOKIE)
+		return send_cookie(ctx, packet, &pod);
 	if (drop)
 		return xdp_drop(drop < 0 ? DROP_TUNNEL_POD : drop);
 	return deliver(ctx, packet, &pod);

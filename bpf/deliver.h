@@ -6,16 +6,11 @@
  */
 #pragma once
 
+#include "cookie.h"
 #include "flow.h"
 #include "fragment.h"
 #include "icmp.h"
 #include <stddef.h>
-
-/* One's complement sum of the bytes of an address, as 16-bit words. */
-static __always_inline __u32 addr_sum(const struct addr *a)
-{
-	return add_words((const __u16 *)a, sizeof(*a) / 2);
-}
 
 /* What a client's TCP packet tells. Returns false when it cannot be read. */
 static __always_inline bool client_segment(struct xdp_md *ctx, const struct packet *packet,
@@ -273,17 +268,25 @@ __noinline int claim_known(struct xdp_md *ctx, const struct packet *packet, stru
 /*
  * Who on this node gets a packet, in which the flow stands as the client has it
  * (also when it is an ICMP error about it): the Pod that owns the flow, or when
- * it is an order, the one that was named in *pod. Returns 0, CLAIM_DENIED or an
- * enum drop.
+ * it is an order, the one that was named in *pod. Returns 0, CLAIM_DENIED,
+ * CLAIM_COOKIE or an enum drop.
  */
 static __always_inline int claim(struct xdp_md *ctx, const struct packet *packet,
 				 struct pod_key *pod, __u64 hash, __u8 verb)
 {
 	int drop = claim_known(ctx, packet, pod, verb);
 
+	__u32 call;
+
 	if (drop < CLAIM_BEGINS)
 		return drop;
-	return admit(packet, pod, hash, (drop - CLAIM_BEGINS) << 8 | verb);
+	call = (drop - CLAIM_BEGINS) << 8 | verb;
+	if (config.cookies && packet->proto == IPPROTO_TCP && verb != CLAIM_PROBE) {
+		drop = cookie(ctx, packet, pod, hash, call);
+		if (drop != COOKIE_NONE)
+			return drop;
+	}
+	return admit(packet, pod, hash, call);
 }
 
 /* Hands a packet to the Pod that it was claimed for. Returns an XDP action. */

@@ -57,6 +57,8 @@ static __always_inline int deliver_here(struct xdp_md *ctx, struct packet *packe
 			      .proto = packet->proto};
 	int drop = claim(ctx, packet, &pod, choice->hash, choice->verb);
 
+	if (drop == CLAIM_COOKIE)
+		return send_cookie(ctx, packet, &pod);
 	if (drop == CLAIM_DENIED)
 		return deliver_to(ctx, packet,
 				  denied(ctx, packet, choice->service, choice->hash,

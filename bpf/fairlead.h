@@ -383,6 +383,16 @@ struct affinity {
 	__u64 seen; /* coarse boot-time clock, ns; moved on once a second */
 };
 
+/* floods: Pods' ports whose SYNs are counted. From `threshold` a second on they
+ * are answered with cookies. */
+struct flood {
+	__u64 second;
+	__u64 syns;    /* in it */
+	__u64 until;   /* cookies are sent; coarse boot-time clock, ns */
+	__u64 through; /* when a SYN was last let through, meanwhile */
+	__u64 threshold;
+};
+
 /* lb_nodes (LPM trie): outer sources that are LB nodes, or their declared
  * ipip prefixes. prefix_len counts from the start of the 16-byte address. */
 struct lb_node_key {
@@ -490,6 +500,7 @@ enum drop {
 	DROP_FLOWS_FULL = 40,	   /* the table of flows is full */
 	DROP_FLOW_CONFLICT = 41,   /* the Pod's tuple belongs to another VIP's flow */
 	DROP_FROM_POD_TUNNEL = 42, /* a Pod sent tunnel traffic */
+	DROP_COOKIE = 43,	   /* a SYN cookie that cannot be sent */
 	DROP_PROBE = 44,	   /* a health check's packet has no way to its backend */
 	DROP_MAX = 64,
 };
@@ -518,6 +529,8 @@ enum event {
 	EVENT_AFFINITY = 20,	    /* a new flow went to the Pod that its client had already */
 	EVENT_AFFINITIES_FULL = 21, /* a client's Pod could not be noted: the table is full */
 	EVENT_PROBE = 22,	    /* a health check's packet sent through the tunnel */
+	EVENT_COOKIE_SENT = 23,	    /* a SYN answered with a cookie */
+	EVENT_COOKIE_ACCEPTED = 24, /* a connection that answered one */
 	EVENT_MAX = 32,
 };
 
@@ -559,7 +572,8 @@ struct config {
 	__u16 nat_ports; /* and how many; 0: no mode nat */
 	__u8 nat4_count;
 	__u8 nat6_count;
-	__u8 pad2[2];
+	__u8 cookies; /* any Pod of this node has an entry in floods */
+	__u8 pad2;
 };
 
 /* traces[0], written only when config.tracing: what was decided and by what. */

@@ -35,6 +35,12 @@ static __always_inline __u32 add_words(const __u16 *from, int words)
 	return sum;
 }
 
+/* One's complement sum of the bytes of an address, as 16-bit words. */
+static __always_inline __u32 addr_sum(const struct addr *a)
+{
+	return add_words((const __u16 *)a, sizeof(*a) / 2);
+}
+
 static __always_inline void swap_macs(struct ethhdr *eth)
 {
 	__u8 mac[ETH_ALEN];

@@ -260,6 +260,9 @@ static __always_inline int unwrap(struct xdp_md *ctx, struct packet *packet)
 		call.hash = 0;
 	}
 	drop = claim(ctx, packet, &call.target, call.hash, call.verb);
+	if (drop == CLAIM_COOKIE)
+		return strip(ctx, packet, call.type) ? send_cookie(ctx, packet, &call.target)
+						     : xdp_drop(DROP_MALFORMED);
 	if (drop == CLAIM_DENIED)
 		return geneve ? deny(ctx) : xdp_drop(DROP_TUNNEL_POD);
 	if (drop)

@@ -49,6 +49,9 @@ type ServicePolicySpec struct {
 	// beyond them is dropped.
 	Limits *Limits `json:"limits,omitempty"`
 
+	// SYNCookies protect servers from floods of SYNs.
+	SYNCookies SYNCookies `json:"synCookies,omitempty"`
+
 	// Weights say how many new flows backends get beside each other. The first
 	// that matches an endpoint counts; without one its weight is 1.
 	Weights []Weight `json:"weights,omitempty"`
@@ -136,6 +139,15 @@ type RateLimit struct {
 	PacketsPerSecond int64 `json:"packetsPerSecond,omitempty"`
 	// BitsPerSecond counts IP packets, headers included: 64000 to 1000000000000.
 	BitsPerSecond int64 `json:"bitsPerSecond,omitempty"`
+}
+
+// SYNCookies are made by the agent on the backend's node, so they need modes
+// Geneve or IPIP, and net.ipv4.tcp_syncookies=2 where the server's socket is.
+type SYNCookies struct {
+	// Threshold is how many new SYNs a second a backend's port may get before
+	// they are answered with cookies: 1 to 100000000, or 0 (the default) for
+	// never.
+	Threshold int64 `json:"threshold,omitempty"`
 }
 
 // Weight is for endpoints of an address, or of EndpointSlices with labels.

@@ -23,13 +23,18 @@ const (
 
 // newWorker is a backend's node: pod4 and pod6 serve the VIPs' port 80 at
 // 8080, and a server holds each VIP for ipip.
-func newWorker(t testing.TB) *network {
+func newWorker(t testing.TB) *network { return newWorkerWith(t, nil) }
+
+func newWorkerWith(t testing.TB, edit func(*bpfConfig)) *network {
 	t.Helper()
 	n := newNetwork(t, func(c *bpfConfig) {
 		c.Lb, c.Backend, c.Tag = 0, 1, testTag
 		c.Node4, c.Node6 = wireAddr(worker4), wireAddr(worker6)
 		c.Mss4, c.Mss6 = mss, mss
 		c.IdleTcpNs, c.IdleUdpNs, c.IdleClosingNs = 3600e9, 3600e9, 3600e9
+		if edit != nil {
+			edit(c)
+		}
 	})
 	for _, p := range []netip.Prefix{netip.PrefixFrom(node4, 32), netip.PrefixFrom(node6, 128)} {
 		n.put(n.LbNodes, lbNodeKey(p), uint32(0))

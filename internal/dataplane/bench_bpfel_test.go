@@ -25,6 +25,7 @@ const (
 	benchMapDenials         = "denials"
 	benchMapDrops           = "drops"
 	benchMapEvents          = "events"
+	benchMapFloods          = "floods"
 	benchMapFlows           = "flows"
 	benchMapFragments       = "fragments"
 	benchMapHints           = "hints"
@@ -130,6 +131,7 @@ type benchMapSpecs struct {
 	Denials         *ebpf.MapSpec `ebpf:"denials"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
+	Floods          *ebpf.MapSpec `ebpf:"floods"`
 	Flows           *ebpf.MapSpec `ebpf:"flows"`
 	Fragments       *ebpf.MapSpec `ebpf:"fragments"`
 	Hints           *ebpf.MapSpec `ebpf:"hints"`
@@ -199,6 +201,7 @@ type benchMaps struct {
 	Denials         *ebpf.Map `ebpf:"denials"`
 	Drops           *ebpf.Map `ebpf:"drops"`
 	Events          *ebpf.Map `ebpf:"events"`
+	Floods          *ebpf.Map `ebpf:"floods"`
 	Flows           *ebpf.Map `ebpf:"flows"`
 	Fragments       *ebpf.Map `ebpf:"fragments"`
 	Hints           *ebpf.Map `ebpf:"hints"`
@@ -235,6 +238,7 @@ func (m *benchMaps) Close() error {
 		m.Denials,
 		m.Drops,
 		m.Events,
+		m.Floods,
 		m.Flows,
 		m.Fragments,
 		m.Hints,

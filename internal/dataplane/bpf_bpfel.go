@@ -129,7 +129,8 @@ type bpfConfig struct {
 	NatPorts  uint16
 	Nat4Count uint8
 	Nat6Count uint8
-	Pad2      [2]uint8
+	Cookies   uint8
+	Pad2      uint8
 }
 
 type bpfCounter struct {
@@ -173,6 +174,7 @@ const (
 	bpfDropDROP_FLOWS_FULL        bpfDrop = 40
 	bpfDropDROP_FLOW_CONFLICT     bpfDrop = 41
 	bpfDropDROP_FROM_POD_TUNNEL   bpfDrop = 42
+	bpfDropDROP_COOKIE            bpfDrop = 43
 	bpfDropDROP_PROBE             bpfDrop = 44
 	bpfDropDROP_MAX               bpfDrop = 64
 )
@@ -202,8 +204,19 @@ const (
 	bpfEventEVENT_AFFINITY        bpfEvent = 20
 	bpfEventEVENT_AFFINITIES_FULL bpfEvent = 21
 	bpfEventEVENT_PROBE           bpfEvent = 22
+	bpfEventEVENT_COOKIE_SENT     bpfEvent = 23
+	bpfEventEVENT_COOKIE_ACCEPTED bpfEvent = 24
 	bpfEventEVENT_MAX             bpfEvent = 32
 )
+
+type bpfFlood struct {
+	_         structs.HostLayout
+	Second    uint64
+	Syns      uint64
+	Until     uint64
+	Through   uint64
+	Threshold uint64
+}
 
 type bpfFlow struct {
 	_     structs.HostLayout
@@ -524,6 +537,7 @@ const (
 	bpfMapDenials         = "denials"
 	bpfMapDrops           = "drops"
 	bpfMapEvents          = "events"
+	bpfMapFloods          = "floods"
 	bpfMapFlows           = "flows"
 	bpfMapFragments       = "fragments"
 	bpfMapHints           = "hints"
@@ -613,6 +627,7 @@ type bpfMapSpecs struct {
 	Denials         *ebpf.MapSpec `ebpf:"denials"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
+	Floods          *ebpf.MapSpec `ebpf:"floods"`
 	Flows           *ebpf.MapSpec `ebpf:"flows"`
 	Fragments       *ebpf.MapSpec `ebpf:"fragments"`
 	Hints           *ebpf.MapSpec `ebpf:"hints"`
@@ -672,6 +687,7 @@ type bpfMaps struct {
 	Denials         *ebpf.Map `ebpf:"denials"`
 	Drops           *ebpf.Map `ebpf:"drops"`
 	Events          *ebpf.Map `ebpf:"events"`
+	Floods          *ebpf.Map `ebpf:"floods"`
 	Flows           *ebpf.Map `ebpf:"flows"`
 	Fragments       *ebpf.Map `ebpf:"fragments"`
 	Hints           *ebpf.Map `ebpf:"hints"`
@@ -705,6 +721,7 @@ func (m *bpfMaps) Close() error {
 		m.Denials,
 		m.Drops,
 		m.Events,
+		m.Floods,
 		m.Flows,
 		m.Fragments,
 		m.Hints,

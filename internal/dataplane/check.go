@@ -34,6 +34,7 @@ func Check(interfaces []string) []Feature {
 		feature("bpf_timer", func() error { return features.HaveProgramHelper(ebpf.XDP, asm.FnTimerInit) }, true, "flows do not expire", "use Linux 6.1 or later"),
 		feature("bpf_fib_lookup", func() error { return features.HaveProgramHelper(ebpf.XDP, asm.FnFibLookup) }, true, "packets wait for next hops to be resolved", "build the kernel with CONFIG_INET"),
 		feature("bpf_redirect_neigh", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnRedirectNeigh) }, true, "UDP answers of Pods do not leave as the VIP", "use Linux 6.1 or later"),
+		feature("SYN cookies in XDP", func() error { return features.HaveProgramHelper(ebpf.XDP, asm.FnTcpRawGenSyncookieIpv4) }, true, "the program cannot be loaded", "use Linux 6.1 or later"),
 		feature("the programs of both roles", loadAll, true, "nothing works", "use Linux 6.1 or later; see the kernel's message"),
 		feature("tcx", haveTCX, false, "tc programs are attached by clsact filters instead, replaced in place", "use Linux 6.6 or later"),
 	}

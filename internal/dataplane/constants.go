@@ -46,6 +46,11 @@ func (d *Dataplane) constants(want Desired) (bpfConfig, error) {
 	if plan.Backend {
 		c.Backend = 1
 	}
+	for _, pod := range plan.Pods {
+		if pod.CookiesFrom > 0 {
+			c.Cookies = 1
+		}
+	}
 	for _, addr := range plan.TunnelAddresses {
 		if addr.Is4() {
 			c.Node4, c.Ipip4 = bpfAddrOf(addr), bpfAddrOf(addr)

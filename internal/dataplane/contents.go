@@ -28,6 +28,7 @@ type contents struct {
 	services hashMap[bpfServiceKey, uint32]
 	pods     hashMap[bpfPodKey, bpfPod]
 	lbNodes  hashMap[bpfLbNodeKey, uint32]
+	floods   hashMap[bpfPodKey, bpfFlood]
 
 	sourceRanges hashMap[bpfSourceKey, uint32]
 	limits       hashMap[uint32, bpfServiceLimit]

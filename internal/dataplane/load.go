@@ -39,7 +39,7 @@ func loadObjects(cfg Config, constant bpfConfig, balancer bool) (*objects, error
 		"service_words": limits.Services, "service_counters": limits.Services, "service_denials": limits.Services,
 		"candidates": limits.Candidates, "hints": limits.Hints, "syns": max(limits.Hints/4, 2), "slots": limits.Slots,
 		"backends": limits.Backends, "backend_counters": limits.Backends, "next_hops": limits.NextHops,
-		"pods": limits.Pods, "flows": limits.Flows, "pending": limits.Pending, "fragments": limits.Fragments,
+		"pods": limits.Pods, "floods": limits.Pods, "flows": limits.Flows, "pending": limits.Pending, "fragments": limits.Fragments,
 		"lb_nodes": limits.LBNodes, "affinities": limits.Affinities, "nat_flows": limits.NATFlows,
 		"source_ranges": limits.SourceRanges, "service_limits": limits.Services, "client_buckets": limits.Clients,
 		"probes": min(max(limits.Backends, 2), 1<<17),
@@ -157,7 +157,7 @@ func (o *objects) close() error { return o.bpfObjects.Close() }
 // contents maps the arrays into memory.
 func (o *objects) contents() (*contents, error) {
 	c := &contents{services: kernelMap[bpfServiceKey, uint32]{o.Services},
-		purge: o.purgeFlows, pods: kernelMap[bpfPodKey, bpfPod]{o.Pods}, lbNodes: kernelMap[bpfLbNodeKey, uint32]{o.LbNodes},
+		purge: o.purgeFlows, pods: kernelMap[bpfPodKey, bpfPod]{o.Pods}, lbNodes: kernelMap[bpfLbNodeKey, uint32]{o.LbNodes}, floods: kernelMap[bpfPodKey, bpfFlood]{o.Floods},
 		sourceRanges: kernelMap[bpfSourceKey, uint32]{o.SourceRanges}, limits: kernelMap[uint32, bpfServiceLimit]{o.ServiceLimits}}
 	err := errors.Join(
 		mapArray(c, o.ServiceWords, &c.serviceWords), mapArray(c, o.Slots, &c.slots), mapArray(c, o.Candidates, &c.candidates),

@@ -20,7 +20,8 @@ type receiver struct {
 	pods    map[bpfPodKey]bpfPod
 	uids    map[bpfPodKey]string
 	lbNodes map[bpfLbNodeKey]uint32
-	purged  bool // flows of before the start, whose Pods are gone
+	cookies map[bpfPodKey]uint32 // thresholds
+	purged  bool                 // flows of before the start, whose Pods are gone
 }
 
 // newReceiver adopts what the maps hold already.
@@ -33,7 +34,7 @@ func newReceiver(maps *contents, limits Limits) (*receiver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read lb_nodes: %w", err)
 	}
-	return &receiver{maps: maps, limit: limits.Pods, pods: pods, uids: map[bpfPodKey]string{}, lbNodes: lbNodes}, nil
+	return &receiver{maps: maps, limit: limits.Pods, pods: pods, uids: map[bpfPodKey]string{}, lbNodes: lbNodes, cookies: map[bpfPodKey]uint32{}}, nil
 }
 
 func (r *receiver) set(plan lb.Plan) error {
@@ -62,9 +63,41 @@ func (r *receiver) set(plan lb.Plan) error {
 	if err := r.purge(gone); err != nil {
 		return err
 	}
+	if err := r.setCookies(plan); err != nil {
+		return fmt.Errorf("program floods: %w", err)
+	}
 	clear(r.uids)
 	for _, pod := range plan.Pods {
 		r.uids[podKey(pod)] = pod.UID
+	}
+	return nil
+}
+
+// setCookies says which Pods' SYNs are counted. What is being counted stays.
+func (r *receiver) setCookies(plan lb.Plan) error {
+	wanted := map[bpfPodKey]bool{}
+	for _, pod := range plan.Pods {
+		key := podKey(pod)
+		if pod.CookiesFrom == 0 {
+			continue
+		}
+		wanted[key] = true
+		if r.cookies[key] == pod.CookiesFrom {
+			continue
+		}
+		if err := r.maps.floods.Put(key, bpfFlood{Threshold: uint64(pod.CookiesFrom)}); err != nil {
+			return err
+		}
+		r.cookies[key] = pod.CookiesFrom
+	}
+	for key := range r.cookies {
+		if wanted[key] {
+			continue
+		}
+		if err := r.maps.floods.Delete(key); err != nil {
+			return err
+		}
+		delete(r.cookies, key)
 	}
 	return nil
 }

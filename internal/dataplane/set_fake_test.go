@@ -73,6 +73,7 @@ func newFakeOf(tb testing.TB, limits Limits) *fake {
 		pods:     &fakeMap[bpfPodKey, bpfPod]{map[bpfPodKey]bpfPod{}, fails},
 		lbNodes:  &fakeMap[bpfLbNodeKey, uint32]{map[bpfLbNodeKey]uint32{}, fails},
 
+		floods:       &fakeMap[bpfPodKey, bpfFlood]{map[bpfPodKey]bpfFlood{}, fails},
 		sourceRanges: &fakeMap[bpfSourceKey, uint32]{map[bpfSourceKey]uint32{}, fails},
 		limits:       &fakeMap[uint32, bpfServiceLimit]{map[uint32]bpfServiceLimit{}, fails},
 	}

@@ -136,4 +136,5 @@ func (d *Dataplane) Doubt() {
 	}
 	clear(d.receiver.lbNodes)
 	clear(d.receiver.pods)
+	clear(d.receiver.cookies)
 }

@@ -18,7 +18,7 @@ import (
 func TestVerifierCost(t *testing.T) {
 	need.Root(t)
 	processed := regexp.MustCompile(`processed (\d+) insns`)
-	for _, config := range []bpfConfig{{Lb: 1}, {Lb: 1, Backend: 1, NatFirst: 61000, NatPorts: 4536, Nat4Count: 1, Nat6Count: 8}, {Backend: 1}, {Lb: 1, Backend: 1}, {Lb: 1, Backend: 1, Tracing: 1}} {
+	for _, config := range []bpfConfig{{Lb: 1}, {Lb: 1, Backend: 1, Cookies: 1, NatFirst: 61000, NatPorts: 4536, Nat4Count: 1, Nat6Count: 8}, {Backend: 1}, {Lb: 1, Backend: 1}, {Lb: 1, Backend: 1, Tracing: 1}} {
 		spec, err := loadBpf()
 		if err != nil {
 			t.Fatal(err)

@@ -45,6 +45,11 @@ func (b *builder) addPolicy(o *object, v *v1alpha1.ServicePolicy) {
 	if l := v.Spec.Limits; l != nil {
 		policy.Limits = lb.Limits{All: rateOf(o, l.RateLimit, "spec.limits"), PerClient: rateOf(o, l.PerClient, "spec.limits.perClient")}
 	}
+	if n := v.Spec.SYNCookies.Threshold; n < 0 || n > 1e8 {
+		o.find(badPolicy, "spec.synCookies.threshold", "%d is not between 1 and 100000000", n)
+	} else if policy.CookiesFrom = uint32(n); n > 0 && policy.Mode != lb.ModeGeneve && policy.Mode != lb.ModeIPIP {
+		o.find(badPolicy, "spec.synCookies.threshold", "mode %s has no agent on the backend's node that could send cookies; use limits instead", policy.Mode)
+	}
 	weights := weightsOf(o, v.Spec.Weights)
 	if len(v.Spec.TargetRefs) == 0 {
 		o.find(badPolicy, "spec.targetRefs", "empty: it names no Service")

@@ -129,6 +129,8 @@ type Pod struct {
 	UID      string           // of the Pod, "" when unknown: another has none of its flows
 	// Affinity is that of each of Serves. A Pod that takes no new flows has none.
 	Affinity []time.Duration
+	// CookiesFrom is as in Policy, the least of all that it serves.
+	CookiesFrom uint32
 }
 
 // LBNode is a source of tunnel packets.

@@ -127,6 +127,9 @@ type Policy struct {
 	DrainTimeout time.Duration
 	Check        Check
 	Limits       Limits
+	// CookiesFrom is how many SYNs a second a backend's port gets before they are
+	// answered with SYN cookies; 0: never.
+	CookiesFrom uint32
 }
 
 // Limits bound what clients may send to one port of a service, by way of one LB

@@ -52,6 +52,9 @@ func Format(p lb.Plan) string {
 		if len(pod.Affinity) > 0 {
 			fmt.Fprintf(&b, " affinity %v", pod.Affinity)
 		}
+		if pod.CookiesFrom > 0 {
+			fmt.Fprintf(&b, " cookies from %d", pod.CookiesFrom)
+		}
 		b.WriteString("\n")
 	}
 	for _, probe := range p.Probes {

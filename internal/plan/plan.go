@@ -314,6 +314,9 @@ func serve(found map[podKey]*lb.Pod, s *lb.Service, vip netip.Addr, port lb.Serv
 		pod = &lb.Pod{Target: target, Protocol: port.Protocol, Service: s.ID, UID: c.endpoint.UID}
 		found[key] = pod
 	}
+	if n := s.Policy.CookiesFrom; port.Protocol == lb.TCP && n > 0 && (pod.CookiesFrom == 0 || n < pod.CookiesFrom) {
+		pod.CookiesFrom = n
+	}
 	if !slices.Contains(pod.Serves, front) {
 		pod.Serves = append(pod.Serves, front)
 	}

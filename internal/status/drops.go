@@ -36,6 +36,7 @@ var Explanations = map[string]Explanation{
 	"tunnel_ecn":        {"congestion was marked on the tunnel of a packet that cannot carry the mark", "none is needed: RFC 6040 demands the drop"},
 	"flows_full":        {"the table of flows is full; established flows stay", "raise limits.flows, or lower the timeouts"},
 	"flow_conflict":     {"the client's address and port already speak to the Pod by another VIP", "none is needed: the client uses another port next time"},
+	"cookie":            {"a SYN cookie that cannot be sent: no route or neighbour leads to the client", "check the node's routes"},
 	"probe":             {"a health check's packet has no way to its backend: it was replaced, or no route leads to its node", "none is needed if rare; else check routes to the backend's node"},
 	"from_pod_tunnel":   {"a Pod sent tunnel packets", "look at the Pod: it tries to forge"},
 }
