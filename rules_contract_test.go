@@ -12,6 +12,7 @@ import (
 
 const (
 	contract  = "bpf/fairlead.h"
+	reasons   = "bpf/reasons.h" // a part of it
 	contracts = "internal/dataplane/bpf_bpfel.go"
 )
 
@@ -35,7 +36,7 @@ func checkDropReasons(t tree) []string {
 	}) {
 		tests.WriteString(t[name])
 	}
-	for _, match := range dropName.FindAllStringSubmatch(t[contract], -1) {
+	for _, match := range dropName.FindAllStringSubmatch((t[reasons] + t[contract]), -1) {
 		name := match[1]
 		if name == "NONE" || name == "MAX" {
 			continue
@@ -55,7 +56,7 @@ type layout struct{ size, align int }
 
 // checkContractForm finds what would let the compiler choose a layout.
 func checkContractForm(t tree) []string {
-	source := cComment.ReplaceAllString(t[contract], "")
+	source := cComment.ReplaceAllString((t[reasons] + t[contract]), "")
 	var violations []string
 	if cUnion.MatchString(source) {
 		violations = append(violations, contract+" has a union")
@@ -63,7 +64,7 @@ func checkContractForm(t tree) []string {
 	if bits := cBits.FindString(source); bits != "" {
 		violations = append(violations, fmt.Sprintf("%s has a bit-field: %s", contract, bits))
 	}
-	_, problems := layoutsOfC(t[contract])
+	_, problems := layoutsOfC((t[reasons] + t[contract]))
 	return append(violations, problems...)
 }
 
@@ -133,7 +134,7 @@ func (l layout) end() layout {
 
 // checkContractSizes compares the header with the types generated from it.
 func checkContractSizes(t tree) []string {
-	inC, _ := layoutsOfC(t[contract])
+	inC, _ := layoutsOfC((t[reasons] + t[contract]))
 	file, _ := t.parse(contracts)
 	inGo := map[string]ast.Expr{}
 	ast.Inspect(file, func(n ast.Node) bool {

@@ -61,7 +61,6 @@ type Agent struct {
 	byHand      map[string]bool       // what is drained by hand
 	wanted      lb.Plan               // with drains and health, as it was last set
 	allOut      map[lb.FrontendID]bool
-	unhealthy   map[lb.ProbeID]bool
 
 	health     *health.Prober
 	forwarding atomic.Pointer[dataplane.Dataplane] // for who must not wait for the loop
@@ -77,8 +76,7 @@ type Agent struct {
 // New returns an agent that has done nothing yet.
 func New(config Config, version string, log *slog.Logger) *Agent {
 	a := &Agent{config: config, version: version, log: log, started: time.Now(), trigger: run.NewTrigger(),
-		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true, leaving: map[leaving]time.Time{}, byHand: map[string]bool{}, told: map[uint64]netip.AddrPort{},
-		unhealthy: map[lb.ProbeID]bool{}}
+		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true, leaving: map[leaving]time.Time{}, byHand: map[string]bool{}, told: map[uint64]netip.AddrPort{}}
 	a.health = health.New(a.bindProbe, a.trigger.Fire, log)
 	return a
 }
@@ -285,11 +283,9 @@ func (a *Agent) open(snapshot lb.Snapshot) error {
 func (a *Agent) desired() (dataplane.Desired, error) {
 	want := dataplane.Desired{NextHops: map[netip.Addr]lb.NextHop{}}
 	want.Plan, a.drainBy = drained(withDrains(a.plan, a.byHand), a.leaving, time.Now())
-	verdicts := a.health.Verdicts()
 	var allOut []lb.FrontendID
-	want.Plan, allOut = withHealth(want.Plan, verdicts)
+	want.Plan, allOut = withHealth(want.Plan, a.health.Verdicts())
 	a.noteHealth(allOut)
-	a.logVerdicts(verdicts)
 	a.wanted = want.Plan
 	a.unresolved = nil
 	tried := map[netip.Addr]bool{}

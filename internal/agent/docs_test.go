@@ -40,7 +40,7 @@ func TestEveryDropIsExplained(t *testing.T) {
 
 func TestDropsDocument(t *testing.T) {
 	var b strings.Builder
-	b.WriteString("# Why packets are dropped\n\nEvery packet that Fairlead drops is counted under one reason, which `fairlead status` shows, and\n`fairlead_dropped_packets_total{reason=...}`. This page is generated from the code.\n\n| reason | in `bpf/fairlead.h` | means | what to do |\n|---|---|---|---|\n")
+	b.WriteString("# Why packets are dropped\n\nEvery packet that Fairlead drops is counted under one reason, which `fairlead status` shows, and\n`fairlead_dropped_packets_total{reason=...}`. This page is generated from the code.\n\n| reason | in `bpf/reasons.h` | means | what to do |\n|---|---|---|---|\n")
 	for _, name := range dataplane.DropNames() {
 		if name != "" {
 			e := status.Explanations[name]

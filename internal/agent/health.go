@@ -82,25 +82,6 @@ func (a *Agent) noteHealth(allOut []lb.FrontendID) {
 	a.allOut = now
 }
 
-// logVerdicts tells which backends began to fail, and which work again.
-func (a *Agent) logVerdicts(verdicts map[lb.ProbeID]health.Verdict) {
-	for id, v := range verdicts {
-		switch was := a.unhealthy[id]; {
-		case !v.Healthy && !was:
-			a.unhealthy[id] = true
-			a.log.Warn("health check fails", "service", id.Service.String(), "backend", id.Target.String(), "problem", v.Problem)
-		case v.Healthy && was:
-			delete(a.unhealthy, id)
-			a.log.Info("health check passes again", "service", id.Service.String(), "backend", id.Target.String())
-		}
-	}
-	for id := range a.unhealthy {
-		if _, ok := verdicts[id]; !ok {
-			delete(a.unhealthy, id)
-		}
-	}
-}
-
 // suspects are the probes of backends that no next hop leads to.
 func suspects(probes []lb.Probe, hops map[netip.Addr]lb.NextHop) []lb.ProbeID {
 	var all []lb.ProbeID

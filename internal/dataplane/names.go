@@ -10,7 +10,7 @@ import (
 )
 
 // The names of reasons and events come from the compiled programs' own type
-// information, so that they stand in bpf/fairlead.h alone.
+// information, so that they stand in bpf/reasons.h alone.
 var names = sync.OnceValues(func() (enums map[string][]string, err error) {
 	spec, err := loadBpf()
 	if err != nil {
@@ -43,7 +43,7 @@ func enumNames(enum *btf.Enum, prefix string) []string {
 	return all
 }
 
-// DropNames are the names of all drop reasons by number, as in bpf/fairlead.h
+// DropNames are the names of all drop reasons by number, as in bpf/reasons.h
 // without the prefix and in lower case; unused numbers are "".
 func DropNames() []string { return enumsNamed("drop") }
 

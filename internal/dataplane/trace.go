@@ -23,7 +23,7 @@ type Trace struct {
 	Verb                   string // "order" or "question", of what was forwarded
 	Attempt                uint8  // of a question: 0 the hint, 1 the slot's backend, then its candidates
 	Verdict                string // "pass", "forward", "deliver", "answer", "reply", "deny", "drop"
-	Drop                   string // the reason, as in bpf/fairlead.h without its prefix
+	Drop                   string // the reason, as in bpf/reasons.h without its prefix
 	Pod                    netip.AddrPort
 	FlowState              string
 	Steps                  []string

@@ -216,7 +216,7 @@ func TestBindSeesTunneledSocketsBeforeTheyAreConnected(t *testing.T) {
 	var calls, wrong atomic.Int32
 	bind := func(probe lb.Probe, fd int) error {
 		calls.Add(1)
-		if _, err := unix.Getpeername(fd); err != unix.ENOTCONN || probe.Via != 5 {
+		if _, err := unix.Getpeername(fd); err != unix.ENOTCONN || probe.Via.UID != "5" {
 			wrong.Add(1)
 		}
 		return nil
@@ -227,7 +227,7 @@ func TestBindSeesTunneledSocketsBeforeTheyAreConnected(t *testing.T) {
 		p := start(t, New(bind, func() {}, quiet))
 		c := quick(kind)
 		c.Timeout = 20 * time.Millisecond
-		p.Set([]lb.Probe{{ID: idOf(1), Check: c, Address: at, Via: 5, Tunneled: true}, {ID: idOf(2), Check: c, Address: at}})
+		p.Set([]lb.Probe{{ID: idOf(1), Check: c, Address: at, Via: lb.BackendID{UID: "5"}, Tunneled: true}, {ID: idOf(2), Check: c, Address: at}})
 		await(t, p, idOf(2), "known", known)
 		await(t, p, idOf(1), "known", known)
 		p.Set(nil)
@@ -274,12 +274,12 @@ func TestAFlapIsReportedAndSuspectsAreProbed(t *testing.T) {
 	ill.Store(true)
 	began := time.Now()
 	p.Suspect(probe.ID) // 6 s after the last probe: more often may be too much for the backend
-	probe.Via = 3
+	probe.Via.UID = "3"
 	p.Set([]lb.Probe{probe})
 	if again := p.Verdicts()[probe.ID]; again != v {
 		t.Errorf("Set made of %+v %+v", v, again)
 	}
-	v = await(t, p, probe.ID, "unhealthy", func(v Verdict) bool { return !v.Healthy })
+	await(t, p, probe.ID, "unhealthy", func(v Verdict) bool { return !v.Healthy })
 	if took := time.Since(began); took < 5*time.Second || took > 25*time.Second {
 		t.Errorf("a suspect was probed after %s", took)
 	}
