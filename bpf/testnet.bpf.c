@@ -10,6 +10,7 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
+#include <linux/tcp.h>
 #include <linux/udp.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
@@ -167,6 +168,42 @@ int untag(struct __sk_buff *skb)
 	if (skb->vlan_present)
 		bpf_skb_vlan_pop(skb);
 	return TC_ACT_OK;
+}
+
+/* For test runs with live frames: each SYN in the template's place is of another
+ * address of flood_base's /10 and another port, and leaves by flood_out. */
+volatile const __u32 flood_base = 0;
+volatile const __u32 flood_out = 0;
+
+static __always_inline __u16 fold(__u32 sum)
+{
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum + (sum >> 16);
+}
+
+static __always_inline __u16 move_sum(__u16 check, __u32 from, __u32 to)
+{
+	return ~fold((__u16)~check + (__u16)~fold(from) + fold(to));
+}
+
+SEC("xdp")
+int flood(struct xdp_md *ctx)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct iphdr *ip = data + sizeof(struct ethhdr);
+	struct tcphdr *tcp = (void *)(ip + 1);
+	__u32 random = bpf_get_prandom_u32(), from, to;
+
+	if ((void *)(tcp + 1) > end)
+		return XDP_DROP;
+	from = (ip->saddr & 0xffff) + (ip->saddr >> 16);
+	ip->saddr = bpf_htonl(flood_base | (random & 0x3fffff));
+	to = (ip->saddr & 0xffff) + (ip->saddr >> 16);
+	ip->check = move_sum(ip->check, from, to);
+	from += tcp->source;
+	tcp->source = bpf_htons(1024 + (random >> 22));
+	tcp->check = move_sum(tcp->check, from, to + tcp->source);
+	return bpf_redirect(flood_out, 0);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

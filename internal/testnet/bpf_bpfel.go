@@ -49,9 +49,12 @@ type bpfVipKey struct {
 const (
 	bpfMapSights          = "sights"
 	bpfMapVips            = "vips"
+	bpfProgFlood          = "flood"
 	bpfProgFromNode       = "from_node"
 	bpfProgToNode         = "to_node"
 	bpfProgUntag          = "untag"
+	bpfVarFloodBase       = "flood_base"
+	bpfVarFloodOut        = "flood_out"
 	bpfVarTunnelPort      = "tunnel_port"
 	bpfVarUnusedDirection = "unused_direction"
 	bpfVarUnusedSight     = "unused_sight"
@@ -100,6 +103,7 @@ type bpfSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfProgramSpecs struct {
+	Flood    *ebpf.ProgramSpec `ebpf:"flood"`
 	FromNode *ebpf.ProgramSpec `ebpf:"from_node"`
 	ToNode   *ebpf.ProgramSpec `ebpf:"to_node"`
 	Untag    *ebpf.ProgramSpec `ebpf:"untag"`
@@ -117,6 +121,8 @@ type bpfMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfVariableSpecs struct {
+	FloodBase       *ebpf.VariableSpec `ebpf:"flood_base"`
+	FloodOut        *ebpf.VariableSpec `ebpf:"flood_out"`
 	TunnelPort      *ebpf.VariableSpec `ebpf:"tunnel_port"`
 	UnusedDirection *ebpf.VariableSpec `ebpf:"unused_direction"`
 	UnusedSight     *ebpf.VariableSpec `ebpf:"unused_sight"`
@@ -158,6 +164,8 @@ func (m *bpfMaps) Close() error {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfVariables struct {
+	FloodBase       *ebpf.Variable `ebpf:"flood_base"`
+	FloodOut        *ebpf.Variable `ebpf:"flood_out"`
 	TunnelPort      *ebpf.Variable `ebpf:"tunnel_port"`
 	UnusedDirection *ebpf.Variable `ebpf:"unused_direction"`
 	UnusedSight     *ebpf.Variable `ebpf:"unused_sight"`
@@ -168,6 +176,7 @@ type bpfVariables struct {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfPrograms struct {
+	Flood    *ebpf.Program `ebpf:"flood"`
 	FromNode *ebpf.Program `ebpf:"from_node"`
 	ToNode   *ebpf.Program `ebpf:"to_node"`
 	Untag    *ebpf.Program `ebpf:"untag"`
@@ -175,6 +184,7 @@ type bpfPrograms struct {
 
 func (p *bpfPrograms) Close() error {
 	return _BpfClose(
+		p.Flood,
 		p.FromNode,
 		p.ToNode,
 		p.Untag,
