@@ -15,7 +15,9 @@
 /* The SYN is to be answered by send_cookie. */
 #define CLAIM_COOKIE (-2)
 /* It is none of this file's business. */
-#define COOKIE_NONE 0x100
+#define COOKIE_NONE 0x200
+/* In a call: the same ends had a connection before. */
+#define COOKIE_AGAIN (0x100 << 8)
 
 #define COOKIE_FORCE_NS (2ULL * 1000000000ULL)	  /* after the last SYN too many */
 #define COOKIE_GOOD_NS (120ULL * 1000000000ULL)	  /* as long as the kernel takes them */
@@ -126,7 +128,9 @@ __noinline int cookie(struct xdp_md *ctx, const struct packet *packet, const str
 	struct flood *flood;
 	struct pod *of;
 
-	if (!packet || !pod || !plain_header(packet))
+	/* Whoever had a connection before is no made-up client; and its server may
+	 * remember that one (TIME-WAIT), which only a SYN ends. */
+	if (!packet || !pod || !plain_header(packet) || call & COOKIE_AGAIN)
 		return COOKIE_NONE;
 	target = *pod; /* before Linux 6.4, an argument cannot be a map's key */
 	flood = bpf_map_lookup_elem(&floods, &target);

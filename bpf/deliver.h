@@ -40,7 +40,9 @@ static __always_inline bool client_segment(struct xdp_md *ctx, const struct pack
 /* In place of a verb: an order that begins a flow whatever there was. */
 #define CLAIM_PROBE 0x80
 /* And above that, the packet's TCP flags: it has no flow, and may begin one. */
-#define CLAIM_BEGINS 0x100
+#define CLAIM_BEGINS 0x200
+/* The same ends had a connection before. */
+#define CLAIM_AGAIN 0x100
 
 /* Whether a packet without a flow begins one that its client's affinity may
  * decide about. */
@@ -251,7 +253,7 @@ __noinline int claim_known(struct xdp_md *ctx, const struct packet *packet, stru
 		flow = NULL;
 	}
 	if (!error && begins(flow, &segment, packet->proto))
-		return CLAIM_BEGINS + segment.flags;
+		return CLAIM_BEGINS + segment.flags + (flow ? CLAIM_AGAIN : 0);
 	if (!flow)
 		return DROP_MALFORMED;
 	if (verb == VERB_ASK && packet->proto == IPPROTO_TCP &&

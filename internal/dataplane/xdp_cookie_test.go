@@ -134,6 +134,18 @@ func TestCookie(t *testing.T) {
 	}
 }
 
+// A client that had a connection of the same ends before is not made up: the
+// server gets its SYN, and may remember it.
+func TestCookieOfOldClients(t *testing.T) {
+	for _, p := range paths {
+		n := flooded(t, p, bpfFlood{Threshold: 0, Through: uint64(coarseClock(t))})
+		n.put(n.Flows, p.flowKey(protoTCP), bpfFlow{Pod: wireAddr(p.target().Addr()), PodPort: wirePort(p.target().Port()), State: uint8(bpfFlowStateFLOW_CLOSING),
+			Fins: uint8(bpfFlowFinFLOW_CLOSED | bpfFlowFinFLOW_ARMED), Seen: uint64(coarseClock(t))})
+		n.expect(p.tunnelled("syn", nil), xdpPass, p.delivered("syn", nil))
+		n.expectEvent(bpfEventEVENT_COOKIE_SENT, 0)
+	}
+}
+
 // One SYN a minute goes through, for the listener to know that it is flooded.
 func TestCookieLetsThrough(t *testing.T) {
 	p := paths[3]

@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"fairlead.dev/fairlead/internal/status"
 	"fairlead.dev/fairlead/internal/testnet"
 )
 
@@ -18,7 +20,7 @@ const (
 	honestClients = 1000
 	honestAtOnce  = 50
 	floodTime     = 40 * time.Second // at most
-	floodRound    = 12 * time.Second  // for the honest clients of one round
+	floodRound    = 12 * time.Second // for the honest clients of one round
 )
 
 // claims are what was said to be so.
@@ -91,8 +93,8 @@ func (d *Demo) Flood(ctx context.Context) error {
 	if err := errors.Join(pod.Sysctl(map[string]string{"ipv4/tcp_syncookies": "2"}), network.WriteService(web)); err != nil {
 		return err
 	}
-	if !sleepFor(ctx, time.Second) {
-		return ctx.Err()
+	if err := d.awaitCookies(ctx); err != nil {
+		return err
 	}
 	with := d.honest(ctx, honestClients)
 	d.say("%d of %d once the worker answers SYNs with cookies (synCookies: {threshold: 2000})", with, honestClients)
@@ -112,6 +114,20 @@ func (d *Demo) Flood(ctx context.Context) error {
 	d.say("flood: %d of %d honest clients connected while %.0f SYNs a second came from made-up addresses, without cookies %d; %.1f s",
 		with, honestClients, rate, without, time.Since(started).Seconds())
 	return nil
+}
+
+// awaitCookies waits until the worker sends cookies.
+func (d *Demo) awaitCookies(ctx context.Context) error {
+	for deadline := time.Now().Add(wellPatient); time.Now().Before(deadline); {
+		document, err := d.net.Backends()[0].Status()
+		if err == nil && slices.ContainsFunc(document.Events, func(c status.Count) bool { return c.Name == "cookie_sent" }) {
+			return nil
+		}
+		if !sleepFor(ctx, 50*time.Millisecond) {
+			return ctx.Err()
+		}
+	}
+	return errors.New("the worker sends no cookies")
 }
 
 // honest lets clients make a request each, a few at a time, and returns how

@@ -130,7 +130,7 @@ func readStatus(b []byte) (status uint64, err error) {
 		if size < 0 {
 			return 0, errAnswer
 		}
-		if tag == 1<<3 {
+		if tag == 1<<3 { // field 1, a varint
 			status = value
 		}
 		b = b[n+size:]

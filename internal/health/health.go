@@ -59,7 +59,7 @@ type Prober struct {
 	requests []*target  // due, for the workers
 	work     *sync.Cond // there are requests, or no more will come
 	poller   *poller    // nil: not running
-	until    time.Time  // what the poller sleeps for
+	until    time.Time  // when somebody was next due as the poller last looked
 }
 
 // New returns a Prober. It calls bind with each new socket of a Tunneled probe
@@ -99,7 +99,7 @@ func (p *Prober) Verdicts() map[lb.ProbeID]Verdict {
 	return p.schedule.verdicts()
 }
 
-// hurry wakes the poller when it would sleep for too long.
+// hurry wakes the poller when somebody is due earlier than it knows.
 func (p *Prober) hurry() {
 	if p.poller != nil && p.schedule.due(p.until).Before(p.until) {
 		p.until = time.Time{} // once is enough
@@ -186,13 +186,14 @@ func (p *Prober) due(now time.Time, limit int, probes *[]lb.Probe) (starting []*
 		}
 	}
 	p.until = p.schedule.due(now.Add(time.Minute))
-	if soonest := now.Add(quantum); p.until.Before(soonest) {
-		p.until = soonest
+	until = p.until
+	if soonest := now.Add(quantum); until.Before(soonest) {
+		until = soonest
 	}
 	if len(p.sockets) > 0 && limit == batch {
-		p.until = now
+		until = now
 	}
-	return starting, p.until
+	return starting, until
 }
 
 // serve does what the poller cannot.
@@ -250,7 +251,7 @@ func (p *Prober) finish(outcomes ...outcome) {
 			said = append(said, func() { p.log.Info("a backend is healthy", "backend", id) })
 		}
 	}
-	p.hurry()
+	p.hurry() // a worker's may be due before all others
 	p.mu.Unlock()
 	if flips > 0 {
 		p.flipped.Store(true)

@@ -216,7 +216,7 @@ func TestBindSeesTunneledSocketsBeforeTheyAreConnected(t *testing.T) {
 	var calls, wrong atomic.Int32
 	bind := func(probe lb.Probe, fd int) error {
 		calls.Add(1)
-		if _, err := unix.Getpeername(fd); err != unix.ENOTCONN || probe.Via.UID != "5" {
+		if _, err := unix.Getpeername(fd); err != unix.ENOTCONN || probe.Via.UID != "five" {
 			wrong.Add(1)
 		}
 		return nil
@@ -227,7 +227,7 @@ func TestBindSeesTunneledSocketsBeforeTheyAreConnected(t *testing.T) {
 		p := start(t, New(bind, func() {}, quiet))
 		c := quick(kind)
 		c.Timeout = 20 * time.Millisecond
-		p.Set([]lb.Probe{{ID: idOf(1), Check: c, Address: at, Via: lb.BackendID{UID: "5"}, Tunneled: true}, {ID: idOf(2), Check: c, Address: at}})
+		p.Set([]lb.Probe{{ID: idOf(1), Check: c, Address: at, Via: lb.BackendID{UID: "five"}, Tunneled: true}, {ID: idOf(2), Check: c, Address: at}})
 		await(t, p, idOf(2), "known", known)
 		await(t, p, idOf(1), "known", known)
 		p.Set(nil)
@@ -267,20 +267,20 @@ func TestAFlapIsReportedAndSuspectsAreProbed(t *testing.T) {
 	changed := make(chan struct{}, 100)
 	p := start(t, New(nil, func() { changed <- struct{}{} }, quiet))
 	c := quick(lb.CheckUDP)
-	c.Interval, c.Expect = time.Minute, []byte("w")
+	c.Interval, c.Expect = 20*time.Second, []byte("w")
 	probe := lb.Probe{ID: idOf(1), Check: c, Address: at}
 	p.Set([]lb.Probe{probe})
 	v := await(t, p, probe.ID, "known", known)
 	ill.Store(true)
 	began := time.Now()
-	p.Suspect(probe.ID) // 6 s after the last probe: more often may be too much for the backend
-	probe.Via.UID = "3"
+	p.Suspect(probe.ID) // at most 2 s after the last probe: more often may be too much for the backend
+	probe.Via.UID = "three"
 	p.Set([]lb.Probe{probe})
 	if again := p.Verdicts()[probe.ID]; again != v {
 		t.Errorf("Set made of %+v %+v", v, again)
 	}
 	await(t, p, probe.ID, "unhealthy", func(v Verdict) bool { return !v.Healthy })
-	if took := time.Since(began); took < 5*time.Second || took > 25*time.Second {
+	if took := time.Since(began); took > 15*time.Second {
 		t.Errorf("a suspect was probed after %s", took)
 	}
 	select {
@@ -425,5 +425,40 @@ func TestTheLogIsBounded(t *testing.T) {
 	l.say(log, said[:1])
 	if !strings.Contains(text.String(), "90 lines about the health of backends were left out") {
 		t.Error(text.String())
+	}
+}
+
+func TestThePollerIsWokenForWhatItDoesNotKnowAlone(t *testing.T) {
+	poller, err := newPoller(nil)
+	must(t, err)
+	defer poller.close()
+	woken := func() bool {
+		_, err := unix.Read(poller.event, make([]byte, 8))
+		return err == nil
+	}
+	p := prober(t)
+	p.poller = poller
+	p.schedule.random = func() float64 { return 0.5 }
+	c := quick(lb.CheckTCP)
+	c.Interval = 4 * time.Millisecond // due sooner than the poller cares to turn
+	p.Set(probesOf(10, c))
+	var probes []lb.Probe
+	p.due(time.Now(), 0, &probes)
+	woken()
+	p.hurry()
+	if woken() {
+		t.Error("the poller was woken for those that it waits for")
+	}
+	c.Interval = time.Minute
+	p.Set(probesOf(10, c))
+	p.due(time.Now().Add(-time.Second), 0, &probes)
+	woken()
+	p.Suspect(idOf(3))
+	p.Suspect(idOf(4))
+	if !woken() {
+		t.Error("the poller was not woken for a suspect")
+	}
+	if woken() {
+		t.Error("the poller was woken twice")
 	}
 }

@@ -9,6 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,12 +26,17 @@ const maxFlights = 8192
 type poller struct {
 	bind         func(p lb.Probe, fd int) error
 	epoll, event int
-	flights      map[int32]*flight // by descriptor
-	deadlines    queue[*flight]
-	generation   int32
-	events       [256]unix.EpollEvent
-	buffer       [64 << 10]byte
-	done, spare  []outcome // what wait returns next, and returned last
+	// file is epoll, and waiter waits for it with the runtime's own poller: a
+	// goroutine that blocks in a system call 200 times a second would keep the
+	// scheduler's monitor awake, which costs more than the probes' own code.
+	file        *os.File
+	waiter      syscall.RawConn
+	flights     map[int32]*flight // by descriptor
+	deadlines   queue[*flight]
+	generation  int32
+	events      [256]unix.EpollEvent
+	buffer      [64 << 10]byte
+	done, spare []outcome // what wait returns next, and returned last
 }
 
 // flight is a probe under way.
@@ -49,13 +56,19 @@ func newPoller(bind func(p lb.Probe, fd int) error) (*poller, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create an epoll instance: %w", err)
 	}
-	event, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
+	if err := unix.SetNonblock(epoll, true); err != nil { // or else the runtime would not poll it
 		unix.Close(epoll)
+		return nil, fmt.Errorf("make an epoll instance nonblocking: %w", err)
+	}
+	p := &poller{bind: bind, epoll: epoll, file: os.NewFile(uintptr(epoll), "epoll"), flights: map[int32]*flight{}}
+	if p.waiter, err = p.file.SyscallConn(); err == nil {
+		p.event, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	}
+	if err != nil {
+		p.file.Close()
 		return nil, fmt.Errorf("create an eventfd: %w", err)
 	}
-	p := &poller{bind: bind, epoll: epoll, event: event, flights: map[int32]*flight{}}
-	if err := p.watch(event, 0, unix.EPOLLIN); err != nil {
+	if err := p.watch(p.event, 0, unix.EPOLLIN); err != nil {
 		p.close()
 		return nil, fmt.Errorf("watch an eventfd: %w", err)
 	}
@@ -67,7 +80,7 @@ func (p *poller) close() {
 		unix.Close(f.fd)
 	}
 	unix.Close(p.event)
-	unix.Close(p.epoll)
+	p.file.Close()
 }
 
 func (p *poller) watch(fd int, generation int32, events uint32) error {
@@ -167,31 +180,55 @@ func (p *poller) wait(now, until time.Time) ([]outcome, error) {
 	if len(p.done) > 0 {
 		until = now
 	}
-	n, err := unix.EpollWait(p.epoll, p.events[:], milliseconds(until.Sub(now)))
-	if err != nil && err != unix.EINTR {
+	n, err := p.look(until)
+	if err != nil {
 		return nil, fmt.Errorf("wait for probes: %w", err)
 	}
-	now = time.Now()
-	for _, e := range p.events[:max(n, 0)] {
+	ended := time.Now()
+	for _, e := range p.events[:n] {
 		if e.Fd == int32(p.event) {
 			_, _ = unix.Read(p.event, p.buffer[:8])
 		} else if f := p.flights[e.Fd]; f != nil && f.generation == e.Pad {
-			p.progress(f, now, e.Events)
+			p.progress(f, ended, e.Events)
 		}
 	}
-	// Who has answered is not blamed for this process being late: as long as
-	// more events may wait, nobody's time is over.
-	for err == nil && n < len(p.events) && len(p.deadlines) > 0 && !p.deadlines[0].at.After(now) {
+	// Who has answered is not blamed for this process being late: only whose
+	// time was over before it was looked for answers, and all were seen, had
+	// none. So it takes one more turn to end a probe that has none.
+	for n < len(p.events) && len(p.deadlines) > 0 && !p.deadlines[0].at.After(now) {
 		f := p.deadlines[0].of
-		p.end(f, now, timedOut(timeout(f.check)))
+		p.end(f, ended, timedOut(timeout(f.check)))
 	}
 	p.done, p.spare = p.spare[:0], p.done
 	return p.spare, nil
 }
 
-// milliseconds rounds up, so that nothing is looked for too early.
-func milliseconds(d time.Duration) int {
-	return int(max(0, min(d+time.Millisecond-1, time.Minute)) / time.Millisecond)
+// look waits for events until a time, and returns how many there are.
+func (p *poller) look(until time.Time) (n int, err error) {
+	if n, err = p.ready(); n > 0 || err != nil || !until.After(time.Now()) {
+		return n, err
+	}
+	if err := p.file.SetReadDeadline(until); err != nil {
+		return 0, err
+	}
+	outer := p.waiter.Read(func(uintptr) bool {
+		n, err = p.ready()
+		return n > 0 || err != nil
+	})
+	if err == nil && !errors.Is(outer, os.ErrDeadlineExceeded) {
+		err = outer
+	}
+	return n, err
+}
+
+// ready returns how many events there are now.
+func (p *poller) ready() (int, error) {
+	for {
+		n, err := unix.EpollWait(p.epoll, p.events[:], 0)
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
 }
 
 // progress looks at what happened to a socket.

@@ -151,7 +151,7 @@ func TestSetKeepsWhatStaysAndDropsWhatIsGone(t *testing.T) {
 		finish(&s, tt, epoch, "refused")
 	}
 	probes := probesOf(3, check)
-	probes[0].Via.UID = "7"
+	probes[0].Via.UID = "seven"
 	probes[1].Check.Path = "/other"
 	probes = append(probes, probes[2], lb.Probe{ID: idOf(9)}) // one twice, and one without a check
 	s.set(epoch, probes)
@@ -167,7 +167,7 @@ func TestSetKeepsWhatStaysAndDropsWhatIsGone(t *testing.T) {
 	if len(s.queue) != 3 {
 		t.Errorf("%d wait, want 3", len(s.queue))
 	}
-	if s.targets[idOf(0)].probe.Via.UID != "7" {
+	if s.targets[idOf(0)].probe.Via.UID != "seven" {
 		t.Error("a probe that stays kept its old way")
 	}
 }
