@@ -5,6 +5,7 @@ package dataplane
 import (
 	"fmt"
 	"io"
+	"math/bits"
 	"net/netip"
 	"slices"
 	"strings"
@@ -39,7 +40,7 @@ func dump(w io.Writer, c *contents) error {
 	}
 	for key, value := range pods {
 		pod := podOf(key, value)
-		lines = append(lines, fmt.Sprintf("pod %s/%s serves %v\n", pod.Target, pod.Protocol, pod.Serves))
+		lines = append(lines, fmt.Sprintf("pod %s/%s serves %v%s\n", pod.Target, pod.Protocol, pod.Serves, dumpAffinity(value)))
 	}
 	nodes, err := c.lbNodes.All()
 	if err != nil {
@@ -52,9 +53,60 @@ func dump(w io.Writer, c *contents) error {
 		}
 		lines = append(lines, fmt.Sprintf("lb-node %s\n", netip.PrefixFrom(addr, length)))
 	}
+	floods, err := c.floods.All()
+	if err != nil {
+		return err
+	}
+	for key, flood := range floods {
+		target := netip.AddrPortFrom(addrOf(key.Address), swap16(key.Port))
+		lines = append(lines, fmt.Sprintf("cookies for %s/%s from %d SYNs a second\n", target, lb.Protocol(key.Proto), flood.Threshold))
+	}
+	gates, err := dumpGates(c, services)
+	if err != nil {
+		return err
+	}
+	lines = append(lines, gates...)
 	slices.Sort(lines)
 	_, err = io.WriteString(w, strings.Join(lines, ""))
 	return err
+}
+
+// dumpAffinity says how long a Pod keeps clients of what it serves.
+func dumpAffinity(pod bpfPod) string {
+	text := ""
+	for _, serves := range pod.Serves[:min(pod.Count, podServesMax)] {
+		if serves.Affinity != 0 {
+			text += fmt.Sprintf(" keeping clients of %s for %s", netip.AddrPortFrom(addrOf(serves.Vip), swap16(serves.Port)), lasts(serves.Affinity))
+		}
+	}
+	return text
+}
+
+// dumpGates are the source ranges and limits, by service.
+func dumpGates(c *contents, services map[bpfServiceKey]uint32) (lines []string, err error) {
+	names := map[uint32]string{}
+	for key, number := range services {
+		names[number] = lb.FrontendID{VIP: addrOf(key.Vip), Port: swap16(key.Port), Protocol: lb.Protocol(key.Proto)}.String()
+	}
+	ranges, err := c.sourceRanges.All()
+	if err != nil {
+		return nil, err
+	}
+	for key := range ranges {
+		addr, length := addrOf(key.Address), int(key.PrefixLen)-32
+		if addr.Is4() {
+			length -= 96
+		}
+		lines = append(lines, fmt.Sprintf("range %s of %s\n", netip.PrefixFrom(addr, length), names[bits.ReverseBytes32(key.Service)]))
+	}
+	limits, err := c.limits.All()
+	if err != nil {
+		return nil, err
+	}
+	for number, l := range limits {
+		lines = append(lines, fmt.Sprintf("limits of %s: cost %v burst %v, of a client: cost %v burst %v\n", names[number], l.All.Cost, l.All.Burst, l.Client.Cost, l.Client.Burst))
+	}
+	return lines, nil
 }
 
 func dumpService(c *contents, key bpfServiceKey, number uint32) string {

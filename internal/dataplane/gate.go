@@ -57,8 +57,11 @@ func (b *balancer) closeGate(known *frontend, want lb.Frontend) error {
 	if !known.limited || want.Limits != (lb.Limits{}) {
 		return nil
 	}
+	if err := b.maps.limits.Delete(known.number); err != nil {
+		return err
+	}
 	known.limited = false
-	return b.maps.limits.Delete(known.number)
+	return nil
 }
 
 // verifyGates compares the maps with the plan.

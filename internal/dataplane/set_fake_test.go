@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"maps"
+	"math/bits"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -146,6 +147,25 @@ func TestExampleDumpGolden(t *testing.T) {
 		}
 	}
 	golden(t, "testdata/small.dump", dumps.String())
+}
+
+// Every mode and option, from YAML to what the maps of each node hold.
+func TestServicesDumpGolden(t *testing.T) {
+	s, findings := file.Load([]string{"../../examples"})
+	if len(findings) > 0 {
+		t.Fatal(findings)
+	}
+	var dumps strings.Builder
+	for _, node := range s.Nodes {
+		p, findings := plan.ForNode(s, node.Name)
+		if len(findings) > 0 {
+			t.Fatal(findings)
+		}
+		f := newFake(t)
+		must(t, f.set(Desired{Plan: p}))
+		dumps.WriteString("== " + node.Name + "\n" + f.dump(t))
+	}
+	golden(t, "testdata/services.dump", dumps.String())
 }
 
 // However often a map fails in between, going on with the same plan ends in
@@ -299,6 +319,22 @@ func TestCrashBetweenAnyTwoWrites(t *testing.T) {
 	}
 }
 
+// gated fails when a service asks for ranges or limits that are not there.
+func (f *fake) gated(t *testing.T, number uint32, flags bpfServiceFlag) {
+	t.Helper()
+	ranges, err := f.maps.sourceRanges.All()
+	must(t, err)
+	limits, err := f.maps.limits.All()
+	must(t, err)
+	found := false
+	for key := range ranges {
+		found = found || bits.ReverseBytes32(key.Service) == number
+	}
+	if _, limited := limits[number]; flags&bpfServiceFlagSERVICE_RANGES != 0 && !found || flags&bpfServiceFlagSERVICE_LIMITS != 0 && !limited {
+		t.Errorf("service %d asks for flags %#x, and has ranges %v, limits %v", number, flags, found, limited)
+	}
+}
+
 // whole fails when a service's key leads to anything half-made.
 func (f *fake) whole(t *testing.T) {
 	t.Helper()
@@ -316,6 +352,7 @@ func (f *fake) whole(t *testing.T) {
 		if f.maps.vipBits[bit]&mask == 0 {
 			t.Errorf("%s has a service and no bit", addrOf(key.Vip))
 		}
+		f.gated(t, number, bpfServiceFlag(word>>serviceFlagsShift))
 		width := uint32(word>>serviceBitsShift) & 0xff
 		for _, slot := range f.maps.slots[uint32(word) : uint32(word)+slotCount(width)] {
 			named := append([]uint32{uint32(slot)}, f.maps.candidates[slot>>candidatesShift].Number[:]...)

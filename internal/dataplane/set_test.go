@@ -75,7 +75,7 @@ func openTest(tb testing.TB, dir string, limits Limits) *Dataplane {
 	return d
 }
 
-var smallLimits = Limits{Services: 64, Slots: 1 << 14, Candidates: 4096, Hints: 64, Backends: 64, NextHops: 16, Pods: 16, Flows: 1024, Pending: 1024, Fragments: 64, LBNodes: 8}
+var smallLimits = Limits{Services: 64, Slots: 1 << 14, Candidates: 4096, Hints: 64, Backends: 64, NextHops: 16, Pods: 16, Flows: 1024, Pending: 1024, Fragments: 64, LBNodes: 8, SourceRanges: 64}
 
 // testPlan is both roles on one node: a service of n backends on workers, and
 // one of a Pod on this node.
@@ -86,6 +86,15 @@ func testPlan(n int) lb.Plan {
 			Target: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 244, 1, byte(i + 1)}), 8080),
 			Tunnel: netip.MustParseAddr("10.0.0.11"), Mode: lb.ModeGeneve}})
 	}
+	// As many source ranges as backends, and limits for an odd number of them.
+	var ranges []netip.Prefix
+	for i := range n {
+		ranges = append(ranges, netip.PrefixFrom(netip.AddrFrom4([4]byte{198, byte(51 + i), 0, 0}), 16))
+	}
+	limits := lb.Limits{}
+	if n%2 == 1 {
+		limits.All.Packets = uint64(n) * 1000
+	}
 	local := netip.MustParseAddrPort("10.244.0.9:53")
 	web := lb.ServiceID{Namespace: "default", Name: "web"}
 	dns := lb.ServiceID{Namespace: "default", Name: "dns"}
@@ -95,7 +104,7 @@ func testPlan(n int) lb.Plan {
 		Frontends: []lb.Frontend{
 			{ID: lb.FrontendID{VIP: netip.MustParseAddr("192.0.2.1"), Port: 53, Protocol: lb.UDP}, Service: dns, Independent: true, TableSize: 256,
 				Backends: []lb.Backend{{Node: "lb-1", Weight: 1, State: lb.Active, ID: lb.BackendID{Target: local, Mode: lb.ModeLocal, Local: local}}}},
-			{ID: lb.FrontendID{VIP: netip.MustParseAddr("192.0.2.1"), Port: 80, Protocol: lb.TCP}, Service: web, TableSize: maglev.Size(n), Backends: backends},
+			{ID: lb.FrontendID{VIP: netip.MustParseAddr("192.0.2.1"), Port: 80, Protocol: lb.TCP}, Service: web, TableSize: maglev.Size(n), Backends: backends, SourceRanges: ranges, Limits: limits},
 		},
 		Pods:    []lb.Pod{{Target: local, Protocol: lb.UDP, Serves: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}, Service: dns}},
 		LBNodes: []lb.LBNode{{Prefix: netip.MustParsePrefix("10.0.0.1/32"), Node: "lb-1"}},
@@ -178,7 +187,7 @@ func TestSetEndsAsAFreshStart(t *testing.T) {
 	}
 	empty := want0()
 	must(t, d.Set(context.Background(), empty))
-	if got := dumped(t, d); strings.Contains(got, "service") || strings.Contains(got, "vip") {
+	if got := dumped(t, d); strings.Contains(got, "service") || strings.Contains(got, "vip") || strings.Contains(got, "range") || strings.Contains(got, "limits") {
 		t.Errorf("after removal of all services:\n%s", got)
 	}
 	for at, word := range d.maps.vipBits {

@@ -18,7 +18,13 @@ var update = flag.Bool("update", false, "rewrite golden files")
 
 // The example has no findings, and these plans.
 func TestExampleGolden(t *testing.T) {
-	s, findings := file.Load([]string{"../../examples/small.yaml"})
+	t.Run("small", func(t *testing.T) { expectPlans(t, "../../examples/small.yaml", "testdata/small.plan") })
+	t.Run("every mode and option", func(t *testing.T) { expectPlans(t, "../../examples", "testdata/services.plan") })
+}
+
+func expectPlans(t *testing.T, source, path string) {
+	t.Helper()
+	s, findings := file.Load([]string{source})
 	if len(findings) > 0 {
 		t.Fatalf("findings: %v", findings)
 	}
@@ -30,7 +36,6 @@ func TestExampleGolden(t *testing.T) {
 		}
 		text.WriteString(plan.Format(p))
 	}
-	const path = "testdata/small.plan"
 	if *update {
 		if err := os.WriteFile(path, []byte(text.String()), 0o644); err != nil {
 			t.Fatal(err)
