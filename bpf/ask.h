@@ -247,8 +247,14 @@ static __always_inline int order_recorded(const struct packet *packet, struct as
 		if (number)
 			write_hint(&hints, ask->flow, number);
 	}
-	for (__u32 i = ATTEMPTS_MAX; i > ATTEMPT_CANDIDATE && !number; i--)
-		number = askable(packet, ask, i - 1);
+	if (!number) {
+		for (__u32 i = ATTEMPTS_MAX; i > ATTEMPT_CANDIDATE && !number; i--)
+			number = askable(packet, ask, i - 1);
+		/* On record from now on: whoever had the slot when the contest began
+		 * may get it back, and is then no candidate. */
+		if (number && affordable(packet, ask->service))
+			write_hint(&hints, ask->flow, number);
+	}
 	if (!number)
 		return order(ask, 0);
 	ask->verb = VERB_DELIVER;

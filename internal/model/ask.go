@@ -133,6 +133,7 @@ func (n *Node) orderRecorded(p packet, a *ask) Reason {
 	for _, candidate := range slices.Backward(a.candidates) {
 		if number == 0 && n.mayOwn(candidate, p.proto) {
 			number = candidate
+			n.writeHint(&n.hints, a.flow, number)
 		}
 	}
 	if number == 0 {

@@ -42,16 +42,18 @@ func beat() time.Duration { return time.Duration(*conversations) * time.Second /
 // echo answers each message, by TCP and UDP, with the Pod's name before it.
 func echo(t *testing.T, n *testnet.Namespace) {
 	t.Helper()
+	echoLines(t, n)
+	echoDatagrams(t, n, "")
+}
+
+func echoLines(t *testing.T, n *testnet.Namespace) {
+	t.Helper()
 	var tcp net.Listener
-	var udp net.PacketConn
 	must(t, n.Do(func() (err error) {
-		if tcp, err = net.Listen("tcp", fmt.Sprintf(":%d", echoPort)); err != nil {
-			return err
-		}
-		udp, err = net.ListenPacket("udp", fmt.Sprintf(":%d", echoPort))
+		tcp, err = net.Listen("tcp", fmt.Sprintf(":%d", echoPort))
 		return err
 	}))
-	t.Cleanup(func() { tcp.Close(); udp.Close() })
+	t.Cleanup(func() { tcp.Close() })
 	go func() {
 		for {
 			c, err := tcp.Accept()
@@ -68,6 +70,18 @@ func echo(t *testing.T, n *testnet.Namespace) {
 			}()
 		}
 	}()
+}
+
+// echoDatagrams answers at an address: a server that holds the VIP would answer
+// from another else. "" is any.
+func echoDatagrams(t *testing.T, n *testnet.Namespace, address string) {
+	t.Helper()
+	var udp net.PacketConn
+	must(t, n.Do(func() (err error) {
+		udp, err = net.ListenPacket("udp", net.JoinHostPort(address, fmt.Sprint(echoPort)))
+		return err
+	}))
+	t.Cleanup(func() { udp.Close() })
 	go func() {
 		message := make([]byte, namesHere)
 		for {
