@@ -196,6 +196,7 @@ func (d *Dataplane) prepare(want Desired) error {
 		return err
 	}
 	d.loaded, d.constant = fresh, constant
+	d.maps.reach(fresh)
 	d.noteProbed(want.Plan)
 	return d.stopTracing()
 }

@@ -156,9 +156,8 @@ func (o *objects) close() error { return o.bpfObjects.Close() }
 
 // contents maps the arrays into memory.
 func (o *objects) contents() (*contents, error) {
-	c := &contents{services: kernelMap[bpfServiceKey, uint32]{o.Services},
-		purge: o.purgeFlows, pods: kernelMap[bpfPodKey, bpfPod]{o.Pods}, lbNodes: kernelMap[bpfLbNodeKey, uint32]{o.LbNodes}, floods: kernelMap[bpfPodKey, bpfFlood]{o.Floods},
-		sourceRanges: kernelMap[bpfSourceKey, uint32]{o.SourceRanges}, limits: kernelMap[uint32, bpfServiceLimit]{o.ServiceLimits}}
+	c := &contents{}
+	c.reach(o)
 	err := errors.Join(
 		mapArray(c, o.ServiceWords, &c.serviceWords), mapArray(c, o.Slots, &c.slots), mapArray(c, o.Candidates, &c.candidates),
 		mapArray(c, o.ServiceDenials, &c.denials), mapArray(c, o.VipBits, &c.vipBits),
@@ -167,6 +166,15 @@ func (o *objects) contents() (*contents, error) {
 		return nil, errors.Join(err, c.unmap())
 	}
 	return c, nil
+}
+
+// reach makes these objects' maps those that are written by system calls. The
+// arrays in memory are the same for all objects that share them.
+func (c *contents) reach(o *objects) {
+	c.services, c.pods = kernelMap[bpfServiceKey, uint32]{o.Services}, kernelMap[bpfPodKey, bpfPod]{o.Pods}
+	c.lbNodes, c.floods = kernelMap[bpfLbNodeKey, uint32]{o.LbNodes}, kernelMap[bpfPodKey, bpfFlood]{o.Floods}
+	c.sourceRanges, c.limits = kernelMap[bpfSourceKey, uint32]{o.SourceRanges}, kernelMap[uint32, bpfServiceLimit]{o.ServiceLimits}
+	c.purge = o.purgeFlows
 }
 
 func mapArray[T any](c *contents, m *ebpf.Map, to *[]T) error {

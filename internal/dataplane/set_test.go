@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -477,4 +478,30 @@ func TestNobodyTakesNewFlows(t *testing.T) {
 	second := openTest(t, dir, smallLimits)
 	expect(second)
 	must(t, second.Close())
+}
+
+// A program that is loaded anew works on the same maps, all of them: what Go
+// writes and what packets leave behind stays where both look.
+func TestReloadKeepsMaps(t *testing.T) {
+	vethNamespace(t)
+	d := openTest(t, pinDir(t), smallLimits)
+	want := desired(testPlan(3))
+	must(t, d.Set(context.Background(), want))
+	ids := func() map[string]ebpf.MapID {
+		all := map[string]ebpf.MapID{}
+		for name, m := range d.loaded.shared() {
+			info, err := m.Info()
+			must(t, err)
+			all[name], _ = info.ID()
+		}
+		return all
+	}
+	before := ids()
+	want.MTU = 1400
+	must(t, d.Set(context.Background(), want))
+	must(t, d.Verify(want))
+	after := ids()
+	if len(before) < 30 || !maps.Equal(before, after) {
+		t.Errorf("%d maps before\n%v\nafter\n%v", len(before), before, after)
+	}
 }
