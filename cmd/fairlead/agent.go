@@ -45,7 +45,9 @@ The configuration, with its defaults:
   timeouts: {tcp: 2h10m, udp: 2m, closing: 2m}
   limits: {services: 32768, slots: 4194304, candidates: 262144, hints: 65536,
            backends: 65536, nextHops: 16384, pods: 16384, flows: 1048576,
-           pending: 65536, fragments: 16384, lbNodes: 1024}
+           pending: 65536, fragments: 16384, lbNodes: 1024, sourceRanges: 131072,
+           clients: 65536, affinities: 262144, natFlows: 262144}
+  nat: {ports: 61000-65535}      # local ports of mode NAT; see Node.spec.natAddresses
   genericXDP: false              # where a driver has no native XDP
   pureHash: false                # forget who had a slot: breaks connections, to compare`,
 		Args: args(cobra.NoArgs),

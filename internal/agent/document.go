@@ -70,9 +70,18 @@ func counter(c dataplane.Counter) status.Counter {
 	return status.Counter{Packets: c.Packets, Bytes: c.Bytes, Connections: c.Connections}
 }
 
+// keeps says what the flows of a service outlive, by its mode.
+var keeps = map[lb.Mode]string{
+	lb.ModeGeneve: "flows outlive changes of backends, and lost LB nodes",
+	lb.ModeIPIP:   "flows outlive changes of backends, if they send anything before the next change; lost LB nodes, but for what those alone had recorded",
+	lb.ModeL2:     "flows outlive changes of backends, if they send anything before the next change; lost LB nodes, but for what those alone had recorded",
+	lb.ModeNAT:    "flows outlive changes of backends; they end with the LB node that they go through",
+}
+
 func (a *Agent) serviceOf(f dataplane.FrontendState, wanted lb.Frontend, verdicts map[lb.ProbeID]health.Verdict) status.Service {
 	s := status.Service{Namespace: wanted.Service.Namespace, Name: wanted.Service.Name, PortName: wanted.PortName,
 		VIP: f.ID.VIP.String(), Port: f.ID.Port, Protocol: f.ID.Protocol.String(), Slots: f.Slots, Contested: f.Contested, ChangedAt: f.Changed, Moved: f.Moved, Counter: counter(f.Counter)}
+	s.Keeps = keeps[wanted.Mode]
 	if a.allOut[f.ID] {
 		s.Problem = "every backend fails its health check: all of them are used, as if none did"
 	}

@@ -63,6 +63,7 @@ type Service struct {
 	// of what its weight asks for: 1 is perfect.
 	Imbalance float64 `json:"imbalance"`
 	Problem   string  `json:"problem,omitempty"` // of its backends all together
+	Keeps     string  `json:"keeps,omitempty"`   // what its flows outlive, by its mode
 	Counter
 	Backends []Backend `json:"backends"`
 }

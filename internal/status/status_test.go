@@ -26,7 +26,7 @@ func document() Document {
 		Programmed: true, ProgrammedAt: begin.Add(80 * time.Second), ChangedAt: begin.Add(30 * time.Second),
 		Attachments: []Attachment{{"eth0", "native"}},
 		Services: []Service{{Namespace: "default", Name: "web", VIP: "2001:db8::1", Port: 80, Protocol: "TCP", Slots: 256, Contested: 12, ChangedAt: begin.Add(60 * time.Second), Moved: 0.25,
-			Imbalance: 1.5, Problem: "every backend fails its health check", Counter: Counter{Packets: 1000, Bytes: 64000, Connections: 10}, Backends: []Backend{
+			Imbalance: 1.5, Problem: "every backend fails its health check", Keeps: "flows outlive changes", Counter: Counter{Packets: 1000, Bytes: 64000, Connections: 10}, Backends: []Backend{
 				{Address: "10.1.0.5:8080", Node: "worker-1", Mode: "Geneve", Tunnel: "10.0.0.11", Wanted: "active", State: "active", Slots: 256, Share: 1,
 					WantedPart: 1, NextHop: "resolved", Counter: Counter{Packets: 900, Bytes: 60000, Connections: 10}},
 				{Address: "10.1.0.6:8080", Node: "worker-1", Mode: "Geneve", Tunnel: "10.0.0.11", Wanted: "draining", State: "draining",

@@ -68,6 +68,9 @@ func writeServices(t io.Writer, d Document, wide bool) {
 		}
 		fmt.Fprintf(t, "%s/%s\t%s/%s\t%d\t%d backends\t%s\t%s\t%d\t%d\n", s.Namespace, s.Name,
 			net.JoinHostPort(s.VIP, strconv.Itoa(int(s.Port))), s.Protocol, s.Slots, len(s.Backends), contested, imbalance, s.Packets, s.Connections)
+		if wide && s.Keeps != "" {
+			fmt.Fprintf(t, "\t\t\t%s\n", s.Keeps)
+		}
 		if s.Problem != "" {
 			fmt.Fprintf(t, "\t\t\t%s\n", s.Problem)
 		}
