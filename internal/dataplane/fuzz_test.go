@@ -287,8 +287,13 @@ func mutilate(t *testing.T, n *network, rounds int) {
 	w.expectAll(t)
 }
 
-func FuzzPacket(f *testing.F) {
-	w := newTwin(f, newBothRoles(f))
+func FuzzPacket(f *testing.F) { fuzz(f, newBothRoles(f)) }
+
+// FuzzGated is the same of services with affinity, ranges and mode L2.
+func FuzzGated(f *testing.F) { fuzz(f, newGated(f)) }
+
+func fuzz(f *testing.F, n *network) {
+	w := newTwin(f, n)
 	for _, frame := range seeds() {
 		f.Add(frame)
 	}

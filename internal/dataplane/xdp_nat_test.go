@@ -3,9 +3,12 @@
 package dataplane
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"slices"
@@ -308,4 +311,70 @@ func TestNATFragments(t *testing.T) {
 	wantFirst, wantLater = cut(less(p.between("udp", p.vipEnd(), p.clientEnd(), 0, data)))
 	n.expect(ether(ownMAC, workerMAC, first.bytes()), xdpTX, ether(routerMAC, ownMAC, wantFirst.bytes()))
 	n.expect(ether(ownMAC, workerMAC, later.bytes()), xdpTX, ether(routerMAC, ownMAC, wantLater.bytes()))
+}
+
+// Frames that are nearly right do no harm: what leaves goes to a backend from a
+// local address, or to a client from the VIP, or is as it came.
+func TestNATMutilatedFrames(t *testing.T) {
+	n := newNetwork(t, withNAT)
+	var seeds [][]byte
+	row := n.hop(ingress, 1500, 0)
+	for _, p := range natPaths {
+		number := n.backend(p.mode, p.backendEnd(), p.pod, row)
+		for _, proto := range []uint8{protoTCP, protoUDP} {
+			n.flag(n.service(p.vip, 80, proto, number), bpfServiceFlagSERVICE_NAT)
+		}
+		for kind, proto := range map[string]uint8{"syn": protoTCP, "tcp": protoTCP, "udp": protoUDP} {
+			seeds = append(seeds, fromRouter(p.packet(kind, []byte("some data"))), fromRouter(p.packet(kind, nil), 5),
+				ether(ownMAC, workerMAC, p.between(kind, p.backendEnd(), p.localEnd(proto, 0), tcpACK, []byte("data")).bytes()))
+			quoted := p.between(kind, p.localEnd(proto, 0), p.backendEnd(), tcpACK, nil)
+			what := ipPacket{src: p.pod, dst: p.node, proto: protoICMP, ttl: 60, payload: icmpMessage(p.pod, p.node, 3, 1, 0, quoted.bytes())}
+			if p.vip.Is6() {
+				what.proto, what.payload = protoICMPv6, icmpMessage(p.pod, p.node, 1, 1, 0, quoted.bytes())
+			}
+			seeds = append(seeds, ether(ownMAC, workerMAC, what.bytes()))
+		}
+	}
+	random, sent := rand.New(rand.NewPCG(3, 4)), map[string]int{}
+	for round := range 100_000 {
+		frame := bytes.Clone(seeds[random.IntN(len(seeds))])
+		for range random.IntN(4) {
+			at := 12 + random.IntN(len(frame)-12)
+			frame[at] = []byte{byte(random.Uint32()), frame[at] ^ 1<<random.IntN(8), 0, 0xff}[random.IntN(4)]
+		}
+		if random.IntN(4) == 0 {
+			frame = frame[:14+random.IntN(len(frame)-13)]
+		}
+		action, out := n.run(frame)
+		switch action {
+		case xdpDrop:
+			sent["drop"]++
+			continue
+		case xdpPass:
+			sent["pass"]++
+			if !bytes.Equal(frame, out) {
+				t.Fatalf("round %d: what passes was changed\n%s%s", round, hex.Dump(frame), hex.Dump(out))
+			}
+			continue
+		}
+		src, err := source(out)
+		must(t, err)
+		dst, err := destination(out)
+		must(t, err)
+		switch {
+		case (src == node4 || src == node6) && (dst == pod4 || dst == pod6):
+			sent["to the backend"]++
+		case (src == vip4 || src == vip6 || src == node4 || src == node6) && bytes.Contains(frame, dst.AsSlice()):
+			sent["reply"]++
+		case src == vip4 || src == vip6:
+			sent["to a client"]++
+		default:
+			t.Fatalf("round %d: from %s to %s\n%s%s", round, src, dst, hex.Dump(frame), hex.Dump(out))
+		}
+	}
+	for _, kind := range []string{"drop", "pass", "to the backend", "reply", "to a client"} {
+		if sent[kind] < 100 {
+			t.Errorf("%q was reached %d times: %v", kind, sent[kind], sent)
+		}
+	}
 }

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
+
 	"fairlead.dev/fairlead/internal/need"
 )
 
@@ -31,6 +33,44 @@ func TestTsharkDecodes(t *testing.T) {
 				p.check(t, line)
 			}
 		})
+	}
+}
+
+// What is sent without a tunnel: in mode L2, in mode NAT in both directions, and
+// answers with SYN cookies.
+func TestTsharkDecodesPlainFrames(t *testing.T) {
+	tshark := need.Tool(t, "tshark")
+	ns, index, _, _ := routed(t)
+	for i, p := range natPaths {
+		var frames [][]byte
+		l2, _ := l2Paths[i].one(t, nil, ingress, 1500, 9)
+		nat, _ := p.nat(t, 9)
+		for _, kind := range []string{"syn", "tcp", "udp"} {
+			proto := uint8(protoTCP)
+			if kind == "udp" {
+				proto = protoUDP
+			}
+			_, held := l2.run(fromRouter(p.packet(kind, []byte("odd"))))
+			_, there := nat.run(fromRouter(p.packet(kind, []byte("odd"))))
+			_, back := nat.run(ether(ownMAC, workerMAC, p.between(kind, p.backendEnd(), p.localEnd(proto, 0), tcpACK, []byte("odd")).bytes()))
+			frames = append(frames, held, there, back)
+		}
+		worker := paths[3+i] // geneve, of the same family
+		flood := flooded(t, worker, bpfFlood{Through: uint64(coarseClock(t))})
+		frame := worker.tunnelled("syn", nil)
+		options := ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256), Context: xdpContext{DataEnd: uint32(len(frame)), IngressIfindex: index}}
+		must(t, ns.Do(func() error { _, err := flood.FairleadXdp.Run(&options); return err }))
+		frames = append(frames, options.DataOut)
+		for _, line := range decode(t, tshark, frames) {
+			transport := line.get("tcp.checksum.status") + line.get("udp.checksum.status")
+			ip, family := line.get("ip.checksum.status"), ":ip:"
+			if p.vip.Is6() {
+				ip, family = "1", ":ipv6:"
+			}
+			if transport != "1" || ip != "1" || line.get("_ws.malformed") != "" || !strings.Contains(line.get("frame.protocols"), family) {
+				t.Errorf("%s: decoded as %v", p.name, line)
+			}
+		}
 	}
 }
 
