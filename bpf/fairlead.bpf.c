@@ -138,6 +138,9 @@ int fairlead_xdp(struct xdp_md *ctx)
 		if (action != NAT_NOT_OURS)
 			return action;
 	}
+	if (config.lb && (packet.proto == IPPROTO_ICMP || packet.proto == IPPROTO_ICMPV6) &&
+	    to_this_node(&packet))
+		note_unreachable(ctx, &packet);
 	trace_packet(&packet);
 	return xdp_pass();
 }

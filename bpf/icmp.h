@@ -80,6 +80,35 @@ __noinline int quoted_flow(struct xdp_md *ctx, struct packet *packet)
 	return 0;
 }
 
+/* Somebody says that a tunnel packet of this node's could not be delivered. Who
+ * it was for is probed soon; no more, since anybody can say so. The packet
+ * itself is for the kernel. */
+__noinline int note_unreachable(struct xdp_md *ctx, struct packet *packet)
+{
+	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	__u64 now = bpf_ktime_get_coarse_ns();
+	struct packet quoted;
+	struct addr where;
+	__be16 type;
+	__u8 *kind;
+
+	if (!packet || config.tracing || parse_transport(data, data_end, packet, false) ||
+	    !(packet->flags & PACKET_ICMP_ERROR) || packet->l4 + ICMP_BYTES > OFFSET_MASK)
+		return 0;
+	kind = data + (packet->l4 & OFFSET_MASK);
+	if ((void *)(kind + 2) > data_end ||
+	    *kind != (packet->family == 4 ? ICMP_DEST_UNREACH : ICMPV6_DEST_UNREACH) ||
+	    (packet->family == 4 && kind[1] == ICMP_FRAG_NEEDED))
+		return 0;
+	type = packet->family == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
+	if (parse_quoted(data, data_end, (packet->l4 + ICMP_BYTES) & OFFSET_MASK, type, &quoted) ||
+	    !same_addr(&quoted.src, &packet->dst) || !is_tunnel_protocol(quoted.proto))
+		return 0;
+	where = quoted.dst;
+	bpf_map_update_elem(&unreachable, &where, &now, BPF_ANY);
+	return 0;
+}
+
 /* Nothing is answered to groups or to nobody, and no error about an error (RFC
  * 1122, 4443). */
 static __always_inline bool may_reply(const struct packet *packet)

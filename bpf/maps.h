@@ -111,6 +111,15 @@ struct {
 	__uint(max_entries, 32768);
 } probes SEC(".maps");
 
+/* unreachable (LRU): where tunnel packets to an address end -> when somebody
+ * last said so, on the coarse boot-time clock. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct addr);
+	__type(value, __u64);
+	__uint(max_entries, 256);
+} unreachable SEC(".maps");
+
 /* service_denials[number]: denials in settled slots; the agent looks at what
  * has grown, and takes a census. */
 struct {

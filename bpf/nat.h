@@ -213,7 +213,8 @@ static __always_inline void nat_note_way(struct xdp_md *ctx, const struct packet
 	struct ethhdr *eth = (void *)(long)ctx->data;
 	struct vlan_tag *tag = (void *)(eth + 1);
 
-	if (config.tracing || (void *)(tag + 1) > (void *)(long)ctx->data_end)
+	if (config.tracing || packet->flags & PACKET_ICMP_ERROR ||
+	    (void *)(tag + 1) > (void *)(long)ctx->data_end)
 		return;
 	flow->ifindex = ctx->ingress_ifindex;
 	__builtin_memcpy(flow->dst_mac, eth->h_source, ETH_ALEN);

@@ -310,6 +310,11 @@ static __always_inline int parse_quoted(void *data, void *data_end, __u32 l3, __
 	return err ? err : parse_transport(data, data_end, packet, true);
 }
 
+static __always_inline bool is_tunnel_protocol(__u8 proto)
+{
+	return proto == IPPROTO_UDP || proto == IPPROTO_IPIP || proto == IPPROTO_IPV6;
+}
+
 /* What our tunnels look like from outside, whoever sent it. */
 static __always_inline bool is_tunnel(const struct packet *packet)
 {

@@ -229,6 +229,7 @@ func (a *Agent) watchCensus(ctx context.Context) error {
 			a.takeCensus(ctx, d, plan)
 			a.tellRecords(ctx, d, plan)
 		}
+		a.suspectUnreachable(d, plan)
 		if time.Since(expired) >= censusExpire {
 			expired = time.Now()
 			if err := errors.Join(d.NATCensus(), d.Expire()); err != nil {

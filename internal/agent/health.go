@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"fairlead.dev/fairlead/internal/dataplane"
 	"fairlead.dev/fairlead/internal/health"
 	"fairlead.dev/fairlead/internal/lb"
 )
@@ -80,6 +81,25 @@ func (a *Agent) noteHealth(allOut []lb.FrontendID) {
 		}
 	}
 	a.allOut = now
+}
+
+// suspectUnreachable has backends probed at once whose nodes somebody said cannot
+// be reached.
+func (a *Agent) suspectUnreachable(d *dataplane.Dataplane, plan lb.Plan) {
+	if len(plan.Probes) == 0 {
+		return
+	}
+	said, err := d.Unreachable()
+	if err != nil || len(said) == 0 {
+		return
+	}
+	var ids []lb.ProbeID
+	for _, p := range plan.Probes {
+		if p.Tunneled && slices.Contains(said, p.Via.Tunnel) {
+			ids = append(ids, p.ID)
+		}
+	}
+	a.health.Suspect(ids...)
 }
 
 // suspects are the probes of backends that no next hop leads to.

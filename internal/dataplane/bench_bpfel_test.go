@@ -48,6 +48,7 @@ const (
 	benchMapTarget          = "target"
 	benchMapTargetTc        = "target_tc"
 	benchMapTraces          = "traces"
+	benchMapUnreachable     = "unreachable"
 	benchMapVipBits         = "vip_bits"
 	benchProgGenerate       = "generate"
 	benchProgGenerateTc     = "generate_tc"
@@ -154,6 +155,7 @@ type benchMapSpecs struct {
 	Target          *ebpf.MapSpec `ebpf:"target"`
 	TargetTc        *ebpf.MapSpec `ebpf:"target_tc"`
 	Traces          *ebpf.MapSpec `ebpf:"traces"`
+	Unreachable     *ebpf.MapSpec `ebpf:"unreachable"`
 	VipBits         *ebpf.MapSpec `ebpf:"vip_bits"`
 }
 
@@ -224,6 +226,7 @@ type benchMaps struct {
 	Target          *ebpf.Map `ebpf:"target"`
 	TargetTc        *ebpf.Map `ebpf:"target_tc"`
 	Traces          *ebpf.Map `ebpf:"traces"`
+	Unreachable     *ebpf.Map `ebpf:"unreachable"`
 	VipBits         *ebpf.Map `ebpf:"vip_bits"`
 }
 
@@ -261,6 +264,7 @@ func (m *benchMaps) Close() error {
 		m.Target,
 		m.TargetTc,
 		m.Traces,
+		m.Unreachable,
 		m.VipBits,
 	)
 }

@@ -39,6 +39,7 @@ func BenchmarkFeature(b *testing.B) {
 		}},
 		{"affinity", bpfModeMODE_GENEVE, bpfServiceFlagSERVICE_AFFINITY, nil},
 		{"l2", bpfModeMODE_L2, 0, nil},
+		{"nat", bpfModeMODE_NAT, bpfServiceFlagSERVICE_NAT, nil},
 	} {
 		b.Run(f.name, func(b *testing.B) {
 			objects := benchBalancer(b, f.mode)
@@ -51,6 +52,9 @@ func BenchmarkFeature(b *testing.B) {
 				f.set(b, objects)
 			}
 			frame := benchFrame("tcp", 4, benchVIP[4])
+			if f.mode == bpfModeMODE_NAT {
+				frame = benchFrame("syn", 4, benchVIP[4]) // what has no entry begins one, or none
+			}
 			generator := benchGenerator(b, objects, frame, varyClient(frame, 4), 10_000)
 			generator.measure(b, frame, map[string]*ebpf.Program{"generator": generator.Nothing, "packet": objects.FairleadXdp, "prototype": generator.Prototype})
 		})

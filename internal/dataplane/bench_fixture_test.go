@@ -17,7 +17,7 @@ import (
 // family and protocol whose slots go round benchBackends backends.
 func benchBalancer(b *testing.B, mode bpfMode) *bpfObjects {
 	b.Helper()
-	objects := benchLoad(b, map[string]int{"slots": 2 << benchBits, "hints": 1 << 18, "source_ranges": 20_000})
+	objects := benchLoad(b, map[string]int{"slots": 2 << benchBits, "hints": 1 << 18, "source_ranges": 20_000, "nat_flows": 1 << 18, "client_buckets": 1 << 16})
 	put := func(m *ebpf.Map, key, value any) {
 		if err := m.Put(key, value); err != nil {
 			b.Fatal(err)
@@ -53,10 +53,19 @@ func benchBackend(family int, mode bpfMode, n uint32) bpfBackend {
 			tunnel = netip.AddrFrom16([16]byte{0xfd, 0, 15: byte(n)})
 		}
 	}
-	names := map[bpfMode]lb.Mode{bpfModeMODE_GENEVE: lb.ModeGeneve, bpfModeMODE_IPIP: lb.ModeIPIP}
+	names := map[bpfMode]lb.Mode{bpfModeMODE_GENEVE: lb.ModeGeneve, bpfModeMODE_IPIP: lb.ModeIPIP, bpfModeMODE_L2: lb.ModeL2, bpfModeMODE_NAT: lb.ModeNAT}
 	row := backendRow(lb.Backend{ID: lb.BackendID{Target: netip.AddrPortFrom(pod, 8080), Tunnel: tunnel, Mode: names[mode]}}, [8]byte{7})
 	row.Word = backendWord(bpfBackendStateBACKEND_ACTIVE, 1, 1)
 	return row
+}
+
+// withBenchNAT gives mode NAT local addresses enough for many flows.
+func withBenchNAT(c *bpfConfig) {
+	c.NatFirst, c.NatPorts = 20_000, 40_000
+	for i := range c.Nat4 {
+		c.Nat4[i] = bpfAddrOf(netip.AddrFrom4([4]byte{10, 0, 9, byte(i)}))
+	}
+	c.Nat4Count = uint8(len(c.Nat4))
 }
 
 // benchLoad loads the program with both roles on and maps of these sizes.
@@ -69,6 +78,7 @@ func benchLoad(b *testing.B, sizes map[string]int) *bpfObjects {
 	config := benchConfig()
 	config.Tag = [8]byte{benchTag}
 	config.IdleTcpNs, config.IdleUdpNs, config.IdleClosingNs = 3600e9, 3600e9, 3600e9
+	withBenchNAT(&config)
 	if err := spec.Variables["config"].Set(config); err != nil {
 		b.Fatal(err)
 	}

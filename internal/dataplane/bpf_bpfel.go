@@ -557,6 +557,7 @@ const (
 	bpfMapSourceRanges    = "source_ranges"
 	bpfMapSyns            = "syns"
 	bpfMapTraces          = "traces"
+	bpfMapUnreachable     = "unreachable"
 	bpfMapVipBits         = "vip_bits"
 	bpfProgFairleadEgress = "fairlead_egress"
 	bpfProgFairleadPod    = "fairlead_pod"
@@ -647,6 +648,7 @@ type bpfMapSpecs struct {
 	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
 	Syns            *ebpf.MapSpec `ebpf:"syns"`
 	Traces          *ebpf.MapSpec `ebpf:"traces"`
+	Unreachable     *ebpf.MapSpec `ebpf:"unreachable"`
 	VipBits         *ebpf.MapSpec `ebpf:"vip_bits"`
 }
 
@@ -707,6 +709,7 @@ type bpfMaps struct {
 	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
 	Syns            *ebpf.Map `ebpf:"syns"`
 	Traces          *ebpf.Map `ebpf:"traces"`
+	Unreachable     *ebpf.Map `ebpf:"unreachable"`
 	VipBits         *ebpf.Map `ebpf:"vip_bits"`
 }
 
@@ -741,6 +744,7 @@ func (m *bpfMaps) Close() error {
 		m.SourceRanges,
 		m.Syns,
 		m.Traces,
+		m.Unreachable,
 		m.VipBits,
 	)
 }

@@ -103,7 +103,8 @@ type Dataplane struct {
 
 	ownership *Ownership // the last, see Owned
 
-	probed atomic.Pointer[probing]
+	probed      atomic.Pointer[probing]
+	unreachable map[bpfAddr]uint64 // when somebody said so, as last seen
 }
 
 // Open checks what can be checked before there is a plan. It loads nothing.

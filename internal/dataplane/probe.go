@@ -4,6 +4,7 @@ package dataplane
 
 import (
 	"fmt"
+	"net/netip"
 
 	"golang.org/x/sys/unix"
 
@@ -49,6 +50,28 @@ func (d *Dataplane) noteProbed(plan lb.Plan) {
 		}
 	}
 	d.probed.Store(&probing{backends: backends, sockets: kernelMap[uint64, bpfProbe]{d.loaded.Probes}})
+}
+
+// Unreachable returns the tunnel addresses that somebody said cannot be reached,
+// each once.
+func (d *Dataplane) Unreachable() ([]netip.Addr, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.loaded == nil {
+		return nil, ErrNotLoaded
+	}
+	said, err := kernelMap[bpfAddr, uint64]{d.loaded.Unreachable}.All()
+	if err != nil {
+		return nil, err
+	}
+	var all []netip.Addr
+	for a, when := range said {
+		if d.unreachable[a] != when {
+			all = append(all, addrOf(a))
+		}
+	}
+	d.unreachable = said
+	return all, nil
 }
 
 type probing struct {

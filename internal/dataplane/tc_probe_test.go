@@ -178,3 +178,43 @@ func TestProbeOfNobody(t *testing.T) {
 	}
 	p.expectEvent(bpfEventEVENT_PROBE, 0)
 }
+
+// Who says that a tunnel's end cannot be reached makes it suspect; a packet that
+// was only too big, or was none of ours, does not.
+func TestUnreachable(t *testing.T) {
+	for _, p := range paths {
+		n := newNetwork(t, nil)
+		said := func() (all []netip.Addr) {
+			each(t, n.bpfObjects.Unreachable, func(a bpfAddr, _ uint64) { all = append(all, addrOf(a)) })
+			return all
+		}
+		report := func(kind, code byte, from netip.Addr) []byte {
+			quoted := p.wrapped(p.packet("tcp", nil), 1, 1)
+			quoted.src = from
+			proto := byte(protoICMP)
+			if p.node.Is6() {
+				proto = protoICMPv6
+			}
+			router := client4
+			if p.node.Is6() {
+				router = client6
+			}
+			return fromRouter(ipPacket{src: router, dst: p.node, proto: proto, ttl: 60, payload: icmpMessage(router, p.node, kind, code, 0, quoted.bytes())})
+		}
+		unreachable, tooBig := byte(3), [2]byte{3, 4}
+		if p.node.Is6() {
+			unreachable, tooBig = 1, [2]byte{2, 0}
+		}
+		for _, frame := range [][]byte{report(tooBig[0], tooBig[1], p.node), report(unreachable, 1, p.node.Next())} {
+			n.expect(frame, xdpPass, frame)
+		}
+		if all := said(); len(all) > 0 {
+			t.Errorf("%s: %v", p.name, all)
+		}
+		frame := report(unreachable, 1, p.node)
+		n.expect(frame, xdpPass, frame)
+		if all := said(); len(all) != 1 || all[0] != p.tunnel {
+			t.Errorf("%s: %v", p.name, all)
+		}
+	}
+}
