@@ -102,11 +102,11 @@ static __noinline void affinity_note(struct flow_key *flow, const struct pod_key
 	ours = entry && entry->pod_port == pod->port && same_addr(&entry->pod, &pod->address);
 	if (ours && now - entry->seen < AFFINITY_REFRESH_NS)
 		return;
-	affinity = pod_affinity(pod, flow);
+	owner = *pod; /* before Linux 6.4, an argument cannot be a map's key */
+	affinity = pod_affinity(&owner, flow);
 	if (!affinity)
 		return;
 	if (entry && !ours && affinity_fresh(entry, now)) {
-		owner = *pod;
 		owner.address = entry->pod;
 		owner.port = entry->pod_port;
 		if (pod_affinity(&owner, flow))

@@ -89,15 +89,14 @@ __noinline int note_unreachable(struct xdp_md *ctx, struct packet *packet)
 	__u64 now = bpf_ktime_get_coarse_ns();
 	struct packet quoted;
 	struct addr where;
+	__u8 kind[2]; /* type and code */
 	__be16 type;
-	__u8 *kind;
 
 	if (!packet || config.tracing || parse_transport(data, data_end, packet, false) ||
-	    !(packet->flags & PACKET_ICMP_ERROR) || packet->l4 + ICMP_BYTES > OFFSET_MASK)
+	    !(packet->flags & PACKET_ICMP_ERROR) || packet->l4 + ICMP_BYTES > OFFSET_MASK ||
+	    bpf_xdp_load_bytes(ctx, packet->l4, kind, sizeof(kind)))
 		return 0;
-	kind = data + (packet->l4 & OFFSET_MASK);
-	if ((void *)(kind + 2) > data_end ||
-	    *kind != (packet->family == 4 ? ICMP_DEST_UNREACH : ICMPV6_DEST_UNREACH) ||
+	if (kind[0] != (packet->family == 4 ? ICMP_DEST_UNREACH : ICMPV6_DEST_UNREACH) ||
 	    (packet->family == 4 && kind[1] == ICMP_FRAG_NEEDED))
 		return 0;
 	type = packet->family == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);

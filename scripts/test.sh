@@ -80,7 +80,7 @@ e2e() { tests "end to end" go test -json -count=1 -timeout 15m ./test/e2e/...; }
 kernels() {
 	report_flags=(-v)
 	tests "the dataplane on other kernels" go test -json -count=1 -timeout 60m ./test/kernels \
-		-guestrun '^Test(Forward|Drop|Deliver|Deny|AskInTurn|OrdersInAContest|Unowned|Denied|Candidates|Forged|Handshake|AnswerUDP|Tunnel|ECN|ICMP|Echo|TimeExceeded|TooBig|ErrorAbout|FlowConflict|PodMay|NotFor|VerifierCost|Blind|Replayed|NAT|SourceRanges|Limits|LimitForgets|AffinityOf|AskAbout|CookieThreshold|CookieWithoutAWay|CookieOfOld|CookieLetsThrough)' -limit 25m
+		-guestrun '^Test(Forward|Drop|Deliver|Deny|AskInTurn|OrdersInAContest|Unowned|Denied|Candidates|Forged|Handshake|AnswerUDP|Tunnel|ECN|ICMP|Echo|TimeExceeded|TooBig|ErrorAbout|FlowConflict|PodMay|NotFor|VerifierCost|Blind|Replayed|NAT|SourceRanges|LimitsOf|LimitForgets|AffinityOf|AskAbout|CookieThreshold|CookieWithoutAWay|CookieOfOld|CookieLetsThrough)' -limit 25m
 	report_flags=()
 }
 
