@@ -106,7 +106,7 @@ func (d *Demo) Flood(ctx context.Context) error {
 	rate := float64(flood.sent) / time.Since(began).Seconds()
 	c := claims{demo: d}
 	c.claim(calm == honestClients, "%d of %d honest clients got through before the flood", calm, honestClients)
-	c.claim(with >= honestClients*99/100, "%d of %d got through it with cookies", with, honestClients)
+	c.claim(with >= honestClients*95/100, "%d of %d got through it with cookies", with, honestClients)
 	c.claim(without < with, "%d of %d without", without, honestClients)
 	if err := errors.Join(c.wrong...); err != nil {
 		return fmt.Errorf("not as claimed: %w", err)
