@@ -95,6 +95,11 @@ type HealthCheck struct {
 	Rise int32 `json:"rise,omitempty"`
 	Fall int32 `json:"fall,omitempty"`
 
+	// Probers is how many LB nodes probe each backend, and tell the others: 1 to
+	// 64. By default, or 0, each LB node probes for itself. It needs the agents'
+	// certificates (peers).
+	Probers int32 `json:"probers,omitempty"`
+
 	// OnFailure says what becomes of the TCP connections of a backend whose check
 	// fails: Keep (the default), since checks can be wrong, or Reset. New flows
 	// and UDP go elsewhere in either case.

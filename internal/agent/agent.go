@@ -61,6 +61,9 @@ type Agent struct {
 	byHand      map[string]bool       // what is drained by hand
 	wanted      lb.Plan               // with drains and health, as it was last set
 	allOut      map[lb.FrontendID]bool
+	heard       map[lb.ProbeID]toldVerdict // from other LB nodes
+	awaited     map[lb.ProbeID]time.Time   // what others probe, and since when this node waits for it
+	probing     int                        // backends, here
 
 	health     *health.Prober
 	forwarding atomic.Pointer[dataplane.Dataplane] // for who must not wait for the loop
@@ -71,12 +74,16 @@ type Agent struct {
 	// What other LB nodes were told of this one's records, for its task alone.
 	told    map[uint64]netip.AddrPort
 	toldAll time.Time
+	// And of its verdicts, the same.
+	judged    map[lb.ProbeID]bool
+	judgedAll time.Time
 }
 
 // New returns an agent that has done nothing yet.
 func New(config Config, version string, log *slog.Logger) *Agent {
 	a := &Agent{config: config, version: version, log: log, started: time.Now(), trigger: run.NewTrigger(),
-		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true, leaving: map[leaving]time.Time{}, byHand: map[string]bool{}, told: map[uint64]netip.AddrPort{}}
+		problem: errors.New("starting"), logged: map[string]bool{}, filesChange: true, leaving: map[leaving]time.Time{}, byHand: map[string]bool{}, told: map[uint64]netip.AddrPort{},
+		heard: map[lb.ProbeID]toldVerdict{}, awaited: map[lb.ProbeID]time.Time{}, judged: map[lb.ProbeID]bool{}}
 	a.health = health.New(a.bindProbe, a.trigger.Fire, log)
 	return a
 }
@@ -213,7 +220,9 @@ func (a *Agent) turn(ctx context.Context) error {
 			a.logOnce(slog.LevelWarn, problem)
 		}
 	}
-	a.health.Set(want.Plan.Probes)
+	probes := a.probesHere(want.Plan, time.Now())
+	a.probing = len(probes)
+	a.health.Set(probes)
 	a.health.Suspect(suspects(want.Plan.Probes, want.NextHops)...)
 	if (want.Plan.Backend || len(want.Plan.NATAddresses) > 0) && time.Since(a.swept) >= resync {
 		a.swept = time.Now()
@@ -284,7 +293,7 @@ func (a *Agent) desired() (dataplane.Desired, error) {
 	want := dataplane.Desired{NextHops: map[netip.Addr]lb.NextHop{}}
 	want.Plan, a.drainBy = drained(withDrains(a.plan, a.byHand), a.leaving, time.Now())
 	var allOut []lb.FrontendID
-	want.Plan, allOut = withHealth(want.Plan, a.health.Verdicts())
+	want.Plan, allOut = withHealth(want.Plan, a.verdicts())
 	a.noteHealth(allOut)
 	a.wanted = want.Plan
 	a.unresolved = nil

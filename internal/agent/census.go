@@ -228,6 +228,7 @@ func (a *Agent) watchCensus(ctx context.Context) error {
 		if a.census != nil {
 			a.takeCensus(ctx, d, plan)
 			a.tellRecords(ctx, d, plan)
+			a.tellVerdicts(ctx, plan)
 		}
 		a.suspectUnreachable(d, plan)
 		if time.Since(expired) >= censusExpire {

@@ -36,7 +36,7 @@ func (a *Agent) Status() status.Document {
 	for _, f := range a.wanted.Frontends {
 		wanted[f.ID] = f
 	}
-	verdicts := a.health.Verdicts()
+	verdicts := a.verdicts()
 	for _, f := range state.Frontends {
 		d.Services = append(d.Services, a.serviceOf(f, wanted[f.ID], verdicts))
 	}

@@ -3,12 +3,16 @@
 package agent
 
 import (
+	"log/slog"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"fairlead.dev/fairlead/internal/health"
 	"fairlead.dev/fairlead/internal/lb"
+	"fairlead.dev/fairlead/internal/peer"
 )
 
 // Backends whose check fails take no new flows, or are gone where the check
@@ -80,5 +84,58 @@ func TestNATPorts(t *testing.T) {
 		if got := c.natPorts(); (got.First != 0) != ok {
 			t.Errorf("%q: %v", text, got)
 		}
+	}
+}
+
+// What others probe is taken from them as long as they tell; who falls silent
+// is stood in for. Nobody makes this node remember what it does not wait for.
+func TestVerdictsOfOthers(t *testing.T) {
+	a := New(Config{}, "test", slog.New(slog.DiscardHandler))
+	a.census = &census{}
+	probe := func(name string, elsewhere bool) lb.Probe {
+		return lb.Probe{ID: lb.ProbeID{Service: lb.ServiceID{Namespace: "d", Name: name}, Target: netip.MustParseAddrPort("10.1.0.1:80"), Protocol: lb.TCP},
+			Check: lb.Check{Kind: lb.CheckTCP, Interval: time.Second, Timeout: time.Second, Probers: 1}, Elsewhere: elsewhere}
+	}
+	p := lb.Plan{Probes: []lb.Probe{probe("mine", false), probe("theirs", true)}}
+	names := func(now time.Time) string {
+		all := ""
+		for _, probe := range a.probesHere(p, now) {
+			all += probe.ID.Service.Name + " "
+		}
+		return all
+	}
+	now := time.Now()
+	if got := names(now); got != "mine " {
+		t.Errorf("at first: %s", got)
+	}
+	if got := names(now.Add(time.Minute)); got != "mine theirs " {
+		t.Errorf("never told: %s", got)
+	}
+	theirs := p.Probes[1].ID
+	tell := func(name string, healthy bool) {
+		if err := (peerNode{a}).Judge([]peer.Verdict{{Namespace: "d", Name: name, Target: theirs.Target, Protocol: lb.TCP, Healthy: healthy, Problem: strings.Repeat("x", 1000)}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tell("theirs", false)
+	tell("unheard-of", false)
+	v := a.verdicts()
+	if len(v) != 1 || v[theirs].Healthy || len(v[theirs].Problem) != maxTold {
+		t.Errorf("%+v", v)
+	}
+	if got := names(time.Now()); got != "mine " {
+		t.Errorf("told: %s", got)
+	}
+	if got := names(time.Now().Add(time.Minute)); got != "mine theirs " {
+		t.Errorf("silent: %s", got)
+	}
+	tell("theirs", true)
+	if !a.verdicts()[theirs].Healthy {
+		t.Error("told that it is well again, and does not believe it")
+	}
+	p.Probes = p.Probes[:1]
+	names(time.Now())
+	if len(a.heard)+len(a.awaited) > 0 {
+		t.Errorf("still remembers %v, %v", a.heard, a.awaited)
 	}
 }

@@ -127,6 +127,7 @@ func TestFindings(t *testing.T) {
 		{"tableSize: 1024", "healthCheck: {kind: TCP, timeout: 9s}", "FL0106", sameLine, "spec.healthCheck.timeout"},
 		{"tableSize: 1024", "healthCheck: {kind: TCP, fall: 101}", "FL0106", sameLine, "spec.healthCheck.fall"},
 		{"tableSize: 1024", "healthCheck: {kind: TCP, port: 70000}", "FL0103", sameLine, "spec.healthCheck.port"},
+		{"tableSize: 1024", "healthCheck: {kind: TCP, probers: 65}", "FL0106", sameLine, "spec.healthCheck.probers"},
 		{"tableSize: 1024", "healthCheck: {kind: TCP, onFailure: Weep}", "FL0106", sameLine, "spec.healthCheck.onFailure"},
 		{"tableSize: 1024", "limits: {bitsPerSecond: 8}", "FL0106", sameLine, "spec.limits.bitsPerSecond"},
 		{"tableSize: 1024", "limits: {perClient: {packetsPerSecond: -1}}", "FL0106", sameLine, "spec.limits.perClient.packetsPerSecond"},

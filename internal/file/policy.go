@@ -135,6 +135,10 @@ func checkOf(o *object, v *v1alpha1.HealthCheck) lb.Check {
 	c.Interval = within(o, at+"interval", v.Interval, c.Interval, 100*time.Millisecond, time.Hour)
 	c.Timeout = within(o, at+"timeout", v.Timeout, min(c.Timeout, c.Interval), 10*time.Millisecond, c.Interval)
 	c.Rise, c.Fall = threshold(o, at+"rise", v.Rise, c.Rise), threshold(o, at+"fall", v.Fall, c.Fall)
+	if c.Probers = int(v.Probers); c.Probers < 0 || c.Probers > 64 {
+		o.find(badPolicy, at+"probers", "%d is not between 1 and 64", c.Probers)
+		c.Probers = 0
+	}
 	switch v.OnFailure {
 	case "", v1alpha1.OnFailureKeep, v1alpha1.OnFailureReset:
 	default:

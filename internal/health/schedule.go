@@ -245,6 +245,6 @@ func earlier(a, b time.Time) time.Time {
 func same(a, b lb.Check) bool {
 	return a.Kind == b.Kind && a.Port == b.Port && a.Path == b.Path && a.Host == b.Host &&
 		a.GRPCService == b.GRPCService && a.Interval == b.Interval && a.Timeout == b.Timeout &&
-		a.Rise == b.Rise && a.Fall == b.Fall && a.Reset == b.Reset && slices.Equal(a.Codes, b.Codes) &&
+		a.Rise == b.Rise && a.Fall == b.Fall && a.Probers == b.Probers && a.Reset == b.Reset && slices.Equal(a.Codes, b.Codes) &&
 		bytes.Equal(a.Send, b.Send) && bytes.Equal(a.Expect, b.Expect)
 }

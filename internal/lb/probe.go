@@ -37,6 +37,8 @@ type Check struct {
 	Interval, Timeout time.Duration
 	// Rise and Fall are how many probes in a row change the verdict.
 	Rise, Fall int
+	// Probers is how many LB nodes probe each backend; 0: all.
+	Probers int
 	// Reset says that a failing check ends the TCP connections too.
 	Reset bool
 }
@@ -65,4 +67,6 @@ type Probe struct {
 	// Tunneled whether they need to be: not in mode NAT, nor on this node.
 	Via      BackendID
 	Tunneled bool
+	// Elsewhere says that other LB nodes do it, and tell.
+	Elsewhere bool
 }

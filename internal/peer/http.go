@@ -24,6 +24,7 @@ import (
 const (
 	censusPath  = "/v1/census"
 	recordsPath = "/v1/records"
+	verdictPath = "/v1/verdicts"
 )
 
 // Node is what is asked of this one, and told to it.
@@ -34,13 +35,16 @@ type Node interface {
 	Census(questions []Question) ([][]Answer, error)
 	// Record takes in what another LB node recorded.
 	Record(records []Record) error
+	// Judge takes in what another LB node's probes say.
+	Judge(verdicts []Verdict) error
 }
 
 // Serve answers on a listener until ctx ends.
 func Serve(ctx context.Context, listener net.Listener, identity *Identity, node Node) error {
 	mux := http.NewServeMux()
 	mux.Handle("POST "+censusPath, census(node))
-	mux.Handle("POST "+recordsPath, records(node))
+	mux.Handle("POST "+recordsPath, told(node.Record))
+	mux.Handle("POST "+verdictPath, told(node.Judge))
 	server := &http.Server{Handler: mux, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10}
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
@@ -51,19 +55,19 @@ func Serve(ctx context.Context, listener net.Listener, identity *Identity, node 
 	return fmt.Errorf("answer peers on %s: %w", listener.Addr(), err)
 }
 
-// records takes in what was recorded.
-func records(node Node) http.Handler {
+// told takes in what an LB node tells.
+func told[T any](take func([]T) error) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		var told []Record
-		err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&told)
-		if err == nil && len(told) > MaxRecords {
-			err = fmt.Errorf("%d records in one request, %d are the most", len(told), MaxRecords)
+		var all []T
+		err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&all)
+		if err == nil && len(all) > MaxRecords {
+			err = fmt.Errorf("%d records in one request, %d are the most", len(all), MaxRecords)
 		}
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		if err := node.Record(told); err != nil {
+		if err := take(all); err != nil {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 		}
 	})
@@ -195,24 +199,33 @@ func (n *node) ask(ctx context.Context, at netip.AddrPort, questions []Question)
 
 // Tell tells the agent of an LB node, which is at an address, what this one
 // recorded.
-func (c *Client) Tell(ctx context.Context, name string, at netip.AddrPort, told []Record) error {
-	for batch := range slices.Chunk(told, MaxRecords) {
+func (c *Client) Tell(ctx context.Context, name string, at netip.AddrPort, records []Record) error {
+	return tell(ctx, c, name, at, recordsPath, records)
+}
+
+// TellVerdicts tells it what this node's probes say.
+func (c *Client) TellVerdicts(ctx context.Context, name string, at netip.AddrPort, verdicts []Verdict) error {
+	return tell(ctx, c, name, at, verdictPath, verdicts)
+}
+
+func tell[T any](ctx context.Context, c *Client, name string, at netip.AddrPort, path string, all []T) error {
+	for batch := range slices.Chunk(all, MaxRecords) {
 		body, err := json.Marshal(batch)
 		if err != nil {
-			return fmt.Errorf("tell node %s what was recorded: %w", name, err)
+			return fmt.Errorf("tell node %s: %w", name, err)
 		}
-		request, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+at.String()+recordsPath, bytes.NewReader(body))
+		request, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+at.String()+path, bytes.NewReader(body))
 		if err != nil {
-			return fmt.Errorf("tell node %s what was recorded: %w", name, err)
+			return fmt.Errorf("tell node %s: %w", name, err)
 		}
 		response, err := c.node(name).http.Do(request)
 		if err != nil {
-			return fmt.Errorf("tell node %s at %s what was recorded: %w", name, at, err)
+			return fmt.Errorf("tell node %s at %s: %w", name, at, err)
 		}
 		text, _ := io.ReadAll(io.LimitReader(response.Body, 200))
 		response.Body.Close()
 		if response.StatusCode != http.StatusOK {
-			return fmt.Errorf("tell node %s at %s what was recorded: %s: %s", name, at, response.Status, bytes.TrimSpace(text))
+			return fmt.Errorf("tell node %s at %s: %s: %s", name, at, response.Status, bytes.TrimSpace(text))
 		}
 	}
 	return nil

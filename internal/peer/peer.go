@@ -48,6 +48,16 @@ type Record struct {
 	Target netip.AddrPort `json:"target"`
 }
 
+// Verdict is what an LB node's probes say of a backend.
+type Verdict struct {
+	Namespace string         `json:"namespace"`
+	Name      string         `json:"name"`
+	Target    netip.AddrPort `json:"target"`
+	Protocol  lb.Protocol    `json:"protocol"`
+	Healthy   bool           `json:"healthy"`
+	Problem   string         `json:"problem,omitempty"`
+}
+
 // check refuses what would cost too much to answer.
 func check(questions []Question) error {
 	targets := 0

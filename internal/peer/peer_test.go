@@ -51,16 +51,18 @@ func identities(t *testing.T, nodes ...string) map[string]*Identity {
 type source struct {
 	answer func([]Question) ([][]Answer, error)
 	told   chan []Record
+	judged chan []Verdict
 }
 
 func (s source) MayAsk(node string) bool                         { return strings.HasPrefix(node, "lb-") }
 func (s source) Census(questions []Question) ([][]Answer, error) { return s.answer(questions) }
 func (s source) Record(records []Record) error                   { s.told <- records; return nil }
+func (s source) Judge(verdicts []Verdict) error                  { s.judged <- verdicts; return nil }
 
 // serve answers as a node, and returns where.
 func serve(t *testing.T, identity *Identity, answer func([]Question) ([][]Answer, error)) netip.AddrPort {
 	t.Helper()
-	return serveNode(t, identity, source{answer, make(chan []Record, 8)})
+	return serveNode(t, identity, source{answer: answer})
 }
 
 func serveNode(t *testing.T, identity *Identity, node Node) netip.AddrPort {
@@ -195,7 +197,7 @@ func FuzzDecode(f *testing.F) {
 
 func TestTell(t *testing.T) {
 	ids := identities(t, "lb-1", "lb-2", "worker-1")
-	node := source{told: make(chan []Record, 8)}
+	node := source{told: make(chan []Record, 8), judged: make(chan []Verdict, 8)}
 	at := serveNode(t, ids["lb-2"], node)
 	records := make([]Record, MaxRecords+1)
 	for i := range records {
@@ -207,5 +209,13 @@ func TestTell(t *testing.T) {
 	}
 	if err := NewClient(ids["worker-1"]).Tell(t.Context(), "lb-2", at, records[:1]); err == nil {
 		t.Error("a worker was believed")
+	}
+	verdicts := []Verdict{{Namespace: "d", Name: "s", Target: question.Targets[0], Protocol: lb.TCP, Problem: "refused"}}
+	must(t, NewClient(ids["lb-1"]).TellVerdicts(t.Context(), "lb-2", at, verdicts))
+	if got := <-node.judged; !reflect.DeepEqual(got, verdicts) {
+		t.Errorf("%+v arrived", got)
+	}
+	if err := NewClient(ids["worker-1"]).TellVerdicts(t.Context(), "lb-2", at, verdicts); err == nil {
+		t.Error("a worker's verdict was believed")
 	}
 }

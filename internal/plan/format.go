@@ -62,6 +62,9 @@ func Format(p lb.Plan) string {
 		if !probe.Tunneled {
 			b.WriteString(" direct")
 		}
+		if probe.Elsewhere {
+			b.WriteString(" elsewhere")
+		}
 		b.WriteString("\n")
 	}
 	for _, n := range p.Peers {

@@ -55,6 +55,7 @@ func ForNode(s lb.Snapshot, node string) (lb.Plan, []lb.Finding) {
 	if self.LoadBalancer {
 		plan.Peers = peers(s.Nodes, self)
 		plan.Probes = probes(plan.Frontends, s.Services)
+		share(plan.Probes, node, s.Nodes)
 	}
 	if self.Backend {
 		plan.Pods = p.pods(s.Services)

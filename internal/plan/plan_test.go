@@ -4,8 +4,10 @@ package plan_test
 
 import (
 	"flag"
+	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -196,6 +198,60 @@ func TestUnsafeBackends(t *testing.T) {
 			}
 			if node == "w" && len(p.Pods) != 1 {
 				t.Errorf("%s: %+v", address, p.Pods)
+			}
+		}
+	}
+}
+
+// Each backend is probed by as many LB nodes as asked for, about as many by
+// each; a node that is added takes only its share from the others.
+func TestProbersShare(t *testing.T) {
+	s := lb.Snapshot{}
+	for i := range 4 {
+		s.Nodes = append(s.Nodes, lb.Node{Name: fmt.Sprintf("lb-%d", i), LoadBalancer: true, TunnelAddresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)})}})
+	}
+	s.Nodes = append(s.Nodes, workers[1])
+	service := lb.Service{ID: lb.ServiceID{Namespace: "d", Name: "s"}, VIPs: []netip.Addr{vip}, Ports: []lb.ServicePort{{Port: 80, Protocol: lb.TCP}},
+		Policy: lb.Policy{Mode: lb.ModeGeneve, Check: lb.Check{Kind: lb.CheckTCP, Probers: 2}}}
+	const backends = 200
+	for i := range backends {
+		service.Endpoints = append(service.Endpoints, endpoint(byte(i+1), true, true, false))
+	}
+	s.Services = []lb.Service{service}
+	probers := func(s lb.Snapshot, nodes int) (here map[lb.ProbeID][]string, by map[string]int) {
+		here, by = map[lb.ProbeID][]string{}, map[string]int{}
+		for i := range nodes {
+			name := fmt.Sprintf("lb-%d", i)
+			p, findings := plan.ForNode(s, name)
+			if len(findings) > 0 {
+				t.Fatal(findings)
+			}
+			for _, probe := range p.Probes {
+				if !probe.Elsewhere {
+					here[probe.ID] = append(here[probe.ID], name)
+					by[name]++
+				}
+			}
+		}
+		return here, by
+	}
+	before, by := probers(s, 4)
+	for id, nodes := range before {
+		if len(nodes) != 2 {
+			t.Errorf("%s is probed by %v", id, nodes)
+		}
+	}
+	for name, n := range by {
+		if n < backends/2*6/10 || n > backends/2*14/10 {
+			t.Errorf("%s probes %d of %d", name, n, backends)
+		}
+	}
+	s.Nodes = append(s.Nodes, lb.Node{Name: "lb-4", LoadBalancer: true, TunnelAddresses: []netip.Addr{netip.MustParseAddr("10.0.0.9")}})
+	after, _ := probers(s, 5)
+	for id, nodes := range after {
+		for _, name := range nodes {
+			if name != "lb-4" && !slices.Contains(before[id], name) {
+				t.Errorf("%s moved to %s, which is not the new one", id, name)
 			}
 		}
 	}

@@ -4,6 +4,8 @@ package plan
 
 import (
 	"cmp"
+	"hash/fnv"
+	"io"
 	"net/netip"
 	"slices"
 
@@ -63,4 +65,32 @@ func probedAt(policy lb.Policy, vip netip.Addr, port lb.ServicePort, target neti
 		return netip.AddrPortFrom(vip, policy.Check.Port), proto
 	}
 	return netip.AddrPortFrom(vip, target.Port()), proto
+}
+
+// share says which probes other LB nodes do: each backend is probed by the few
+// that rendezvous hashing ranks first, the same wherever it is computed.
+func share(probes []lb.Probe, self string, nodes []lb.Node) {
+	for i := range probes {
+		p := &probes[i]
+		if p.Check.Probers == 0 {
+			continue
+		}
+		mine, before := preference(p.ID, self), 0
+		for _, n := range nodes {
+			if n.LoadBalancer && n.Name != self && preference(p.ID, n.Name) > mine {
+				before++
+			}
+		}
+		p.Elsewhere = before >= p.Check.Probers
+	}
+}
+
+func preference(id lb.ProbeID, node string) uint64 {
+	h := fnv.New64a()
+	_, _ = io.WriteString(h, id.String()+" "+node)
+	// FNV's upper bits hardly depend on its last bytes.
+	x := h.Sum64()
+	x ^= x >> 32
+	x *= 0x9e3779b97f4a7c15
+	return x ^ x>>29
 }

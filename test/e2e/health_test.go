@@ -205,3 +205,52 @@ func TestHealthCheckTimes(t *testing.T) {
 		}
 	}
 }
+
+// With one prober a backend, each is probed by one LB node alone, all of them
+// know what it found, and others take over what a lost one probed.
+func TestHealthCheckShared(t *testing.T) {
+	var checks checked
+	n := network(t, testnet.DefaultNodes(), func(n *testnet.Network) { checks = answerChecks(t, n) },
+		checkedWeb("kind: HTTP, port: 8081, interval: 300ms, timeout: 300ms, rise: 1, fall: 2, probers: 1"))
+	passes := func(b status.Backend, _ status.Service) bool { return b.Check == "passes" && b.State == "active" }
+	for _, pod := range n.AllPods() {
+		everyLB(t, n, pod, passes)
+	}
+	pod := n.AllPods()[0]
+	checks[pod.Label].Store(503)
+	everyLB(t, n, pod, func(b status.Backend, _ status.Service) bool {
+		return b.State == "failing" && strings.Contains(b.Check, "503")
+	})
+	checks[pod.Label].Store(200)
+	everyLB(t, n, pod, passes)
+	probing := 0
+	for _, node := range n.LoadBalancers() {
+		d, err := node.Status()
+		must(t, err)
+		for _, e := range d.Events {
+			if e.Name == "probe" {
+				probing++
+				t.Logf("%s sent %d packets of probes", node.Name(), e.Count)
+			}
+		}
+	}
+	if probing < 2 {
+		t.Errorf("%d LB nodes probe", probing)
+	}
+	// All but one are lost: that one probes all.
+	for _, node := range n.LoadBalancers()[1:] {
+		node.AgentProcess().Kill()
+	}
+	last := n.LoadBalancers()[0]
+	time.Sleep(11 * time.Second)
+	for _, pod := range n.AllPods() {
+		checks[pod.Label].Store(500)
+		eventually(t, func() error {
+			b, _, err := backendOf(last, pod)
+			if err == nil && !strings.Contains(b.Check, "500") {
+				err = fmt.Errorf("%s says %q of %s", last.Name(), b.Check, pod.Label)
+			}
+			return err
+		})
+	}
+}
