@@ -45,8 +45,7 @@ __noinline int owned_here(struct xdp_md *ctx, const struct packet *packet)
 		return 0;
 	key = flow_key_of(packet);
 	flow = flow_find(&key, bpf_ktime_get_coarse_ns());
-	if ((!flow || flow_closed(flow)) && !(packet->flags & PACKET_ICMP_ERROR) &&
-	    may_follow(packet->proto, packet->flags & PACKET_SYN ? TCP_SYN : 0)) {
+	if ((!flow || flow_closed(flow)) && packet->flags & PACKET_SYN) {
 		struct pod_key owner = {.proto = packet->proto};
 
 		return affinity_find(&key, &owner);

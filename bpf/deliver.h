@@ -65,7 +65,10 @@ __noinline int admit(const struct packet *packet, struct pod_key *pod, __u64 has
 	struct pod *of;
 	__u8 state;
 
-	if (!packet || !pod || (asked && !may_follow(packet->proto, flags)))
+	/* A datagram that is asked about may be of a flow that another node has: only
+	 * flows are looked for then, not clients. */
+	if (!packet || !pod ||
+	    (asked && (packet->proto == IPPROTO_UDP || !may_follow(packet->proto, flags))))
 		return CLAIM_DENIED;
 	target = *pod; /* before Linux 6.4, an argument cannot be a map's key */
 	key = flow_key_of(packet);

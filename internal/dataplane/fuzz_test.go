@@ -244,10 +244,12 @@ func newGated(t testing.TB) *network {
 			n.put(n.bpfObjects.Backends, number, row)
 		}
 	}
-	each(t, n.Pods, func(key bpfPodKey, pod bpfPod) {
+	pods := map[bpfPodKey]bpfPod{}
+	each(t, n.Pods, func(key bpfPodKey, pod bpfPod) { pods[key] = pod })
+	for key, pod := range pods {
 		pod.Serves[0].Affinity = affinityCode(time.Hour)
 		n.put(n.Pods, key, pod)
-	})
+	}
 	return n
 }
 

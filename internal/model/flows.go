@@ -155,7 +155,7 @@ func (n *Node) deliver(frame []byte, p packet, target Target, d Decision, now ti
 func (n *Node) ownedHere(frame []byte, p packet, now time.Duration) bool {
 	key := Flow{p.src, p.dst, p.proto}
 	entry := n.Flows.find(key, now)
-	if (entry == nil || entry.Closed) && !p.icmpError && (p.proto == UDP || p.syn) {
+	if (entry == nil || entry.Closed) && p.syn {
 		_, owned := n.ownerOf(key, now)
 		return owned
 	}
@@ -197,8 +197,8 @@ func (e *Entry) claims(s Segment) bool {
 func (n *Node) admit(key Flow, target *Target, s Segment, d Decision, now time.Duration) Reason {
 	asked, begins := d.Verb == verbAsk, key.Proto == UDP || s.Flags&(flagSYN|flagACK|flagRST) == flagSYN
 	serves, ok := n.Pods[*target]
-	if !ok || asked && !begins {
-		return tunnelPod
+	if !ok || asked && (!begins || key.Proto == UDP) {
+		return tunnelPod // a datagram may be of a flow that another node has
 	}
 	if !slices.Contains(serves, key.VIP) {
 		if asked {
