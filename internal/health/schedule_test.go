@@ -187,7 +187,7 @@ func TestAProbeUnderWayOfATargetThatIsGoneChangesNothing(t *testing.T) {
 
 func TestSameLooksAtEveryField(t *testing.T) {
 	other := lb.Check{Kind: "x", Port: 1, Path: "x", Host: "x", Codes: []lb.CodeRange{{}}, GRPCService: "x", Send: []byte("x"),
-		Expect: []byte("x"), Interval: 1, Timeout: 1, Rise: 1, Fall: 1, Reset: true}
+		Expect: []byte("x"), Interval: 1, Timeout: 1, Rise: 1, Fall: 1, Probers: 1, Reset: true}
 	for i := range reflect.TypeFor[lb.Check]().NumField() {
 		var c lb.Check
 		field := reflect.ValueOf(&c).Elem().Field(i)

@@ -119,6 +119,7 @@ func TestDNSOutlivesItsServers(t *testing.T) {
 	must(t, n.WaitProgrammed(8, 30*time.Second))
 	must(t, n.WriteService(service(fresh, nil)))
 	must(t, n.WaitProgrammed(4, 30*time.Second))
+	time.Sleep(200 * time.Millisecond) // what is under way to the old ones is answered
 	for _, stop := range stops {
 		stop()
 	}
