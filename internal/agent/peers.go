@@ -106,12 +106,20 @@ func (a *Agent) tellRecords(ctx context.Context, d *dataplane.Dataplane, plan lb
 	if len(fresh) == 0 {
 		return
 	}
+	a.tellPeers(ctx, plan, func(ctx context.Context, node string, at netip.AddrPort) error {
+		return a.census.client.Tell(ctx, node, at, fresh)
+	})
+}
+
+// tellPeers tells every other LB node something that is told again later, so a
+// node that is not reached is no error.
+func (a *Agent) tellPeers(ctx context.Context, plan lb.Plan, tell func(ctx context.Context, node string, at netip.AddrPort) error) {
 	run.Each(len(plan.Peers), censusParallel, func(i int) {
 		ctx, cancel := context.WithTimeout(ctx, censusPatience)
 		defer cancel()
 		other := plan.Peers[i]
-		if err := a.census.client.Tell(ctx, other.Node, netip.AddrPortFrom(other.Address, a.config.Peers.Port), fresh); err != nil {
-			a.log.Debug("another LB node was not told", "error", err) // it is told again
+		if err := tell(ctx, other.Node, netip.AddrPortFrom(other.Address, a.config.Peers.Port)); err != nil {
+			a.log.Debug("another LB node was not told", "error", err)
 		}
 	})
 }

@@ -10,7 +10,6 @@ import (
 	"fairlead.dev/fairlead/internal/health"
 	"fairlead.dev/fairlead/internal/lb"
 	"fairlead.dev/fairlead/internal/peer"
-	"fairlead.dev/fairlead/internal/run"
 )
 
 // verdictsAgain is how often all verdicts that others need are told again.
@@ -123,12 +122,7 @@ func (a *Agent) tellVerdicts(ctx context.Context, plan lb.Plan) {
 	if len(fresh) == 0 {
 		return
 	}
-	run.Each(len(plan.Peers), censusParallel, func(i int) {
-		ctx, cancel := context.WithTimeout(ctx, censusPatience)
-		defer cancel()
-		other := plan.Peers[i]
-		if err := a.census.client.TellVerdicts(ctx, other.Node, netip.AddrPortFrom(other.Address, a.config.Peers.Port), fresh); err != nil {
-			a.log.Debug("another LB node was not told of backends' health", "error", err) // it is told again
-		}
+	a.tellPeers(ctx, plan, func(ctx context.Context, node string, at netip.AddrPort) error {
+		return a.census.client.TellVerdicts(ctx, node, at, fresh)
 	})
 }

@@ -17,8 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	"fairlead.dev/fairlead/internal/testnet"
 )
 
@@ -351,11 +349,7 @@ func TestRecordsOutliveAnLBNode(t *testing.T) {
 	}
 	n := network(t, nodes, func(n *testnet.Network) {
 		for _, node := range n.Backends() {
-			lo, err := node.Netlink.LinkByName("lo")
-			must(t, err)
-			for _, vip := range both {
-				must(t, node.Netlink.AddrAdd(lo, &netlink.Addr{IPNet: hostNet(vip)}))
-			}
+			holdVIPs(t, node)
 			echo(t, node.Namespace)
 		}
 	}, func(n *testnet.Network) testnet.Service {

@@ -299,3 +299,28 @@ func drops(t *testing.T, n *testnet.Node, reason string) uint64 {
 	}
 	return 0
 }
+
+// stillAnswer asks over each connection that was made before.
+func stillAnswer(t *testing.T, held []net.Conn) {
+	t.Helper()
+	for i, c := range held {
+		must(t, c.SetDeadline(time.Now().Add(patience)))
+		_, err := io.WriteString(c, "who\n")
+		if err == nil {
+			_, err = readLine(c)
+		}
+		if err != nil {
+			t.Errorf("connection %d broke: %v", i, err)
+		}
+	}
+}
+
+// holdVIPs readies a server that has the VIPs itself, on a LAN with others that
+// have them too: it takes their packets and does not answer ARP for them.
+func holdVIPs(t *testing.T, node *testnet.Node) {
+	t.Helper()
+	must(t, node.Sysctl(map[string]string{"ipv4/conf/all/arp_ignore": "1", "ipv4/conf/all/arp_announce": "2"}))
+	for _, vip := range both {
+		must(t, node.AddAddress("lo", hostPrefix(vip)))
+	}
+}

@@ -13,8 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	"fairlead.dev/fairlead/internal/need"
 	"fairlead.dev/fairlead/internal/status"
 	"fairlead.dev/fairlead/internal/testnet"
@@ -114,20 +112,12 @@ func TestIPIPToServersThatHoldTheVIP(t *testing.T) {
 	}
 	n := network(t, nodes, func(n *testnet.Network) {
 		for _, node := range n.Backends() {
-			lo, err := node.Netlink.LinkByName("lo")
-			must(t, err)
-			for _, vip := range both {
-				must(t, node.Netlink.AddrAdd(lo, &netlink.Addr{IPNet: hostNet(vip)}))
-			}
+			holdVIPs(t, node)
 			serve(t, node.Namespace, 80, 53)
 		}
 	}, held)
 	requests(t, n, 1000, 4)
 	direct(t, n)
-}
-
-func hostNet(a netip.Addr) *net.IPNet {
-	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
 }
 
 // A small cluster: every node is both, on one interface. Pods on the LB node

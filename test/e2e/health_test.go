@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -117,15 +116,7 @@ func TestHealthCheck(t *testing.T) {
 			t.Fatal("a new connection went to the Pod that is sick")
 		}
 	}
-	for i, c := range held {
-		_, err := io.WriteString(c, "who\n")
-		if err == nil {
-			_, err = readLine(c)
-		}
-		if err != nil {
-			t.Errorf("connection %d broke: %v", i, err)
-		}
-	}
+	stillAnswer(t, held)
 	for _, code := range checks {
 		code.Store(500)
 	}

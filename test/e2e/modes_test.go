@@ -47,10 +47,7 @@ func (w way) network(t *testing.T, extra string) *testnet.Network {
 			return
 		}
 		for _, node := range n.Backends() {
-			must(t, node.Sysctl(map[string]string{"ipv4/conf/all/arp_ignore": "1", "ipv4/conf/all/arp_announce": "2"}))
-			for _, vip := range both {
-				must(t, node.AddAddress("lo", hostPrefix(vip)))
-			}
+			holdVIPs(t, node)
 			echoLines(t, node.Namespace)
 			for _, vip := range both {
 				echoDatagrams(t, node.Namespace, vip.String())

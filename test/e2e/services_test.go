@@ -11,8 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	"fairlead.dev/fairlead/internal/testnet"
 )
 
@@ -29,12 +27,7 @@ func lan(t *testing.T, services ...func(*testnet.Network) testnet.Service) *test
 	}
 	return networkOf(t, testnet.Config{Nodes: nodes, LAN: true}, func(n *testnet.Network) {
 		for _, node := range n.Backends() {
-			must(t, node.Sysctl(map[string]string{"ipv4/conf/all/arp_ignore": "1", "ipv4/conf/all/arp_announce": "2"}))
-			lo, err := node.Netlink.LinkByName("lo")
-			must(t, err)
-			for _, vip := range both {
-				must(t, node.Netlink.AddrAdd(lo, &netlink.Addr{IPNet: hostNet(vip)}))
-			}
+			holdVIPs(t, node)
 			serve(t, node.Namespace, 80, 53)
 		}
 	}, services...)
@@ -147,7 +140,7 @@ func TestConnectionLimit(t *testing.T) {
 func TestWeights(t *testing.T) {
 	n := network(t, testnet.DefaultNodes(), nil, web)
 	heavy, none := n.AllPods()[0], n.AllPods()[1]
-	var held []io.ReadWriteCloser
+	var held []net.Conn
 	for range 40 {
 		c, err := dial(n.Client, "tcp", vip4, 80)
 		must(t, err)
@@ -184,15 +177,7 @@ func TestWeights(t *testing.T) {
 	if seen[none.Label] != 0 || part < 0.25 || part > 0.42 { // 3 of 9
 		t.Errorf("weight 0 got %d, weight 3 of 9 got %.2f", seen[none.Label], part)
 	}
-	for i, c := range held {
-		_, err := io.WriteString(c, "who\n")
-		if err == nil {
-			_, err = readLine(c)
-		}
-		if err != nil {
-			t.Errorf("connection %d broke: %v", i, err)
-		}
-	}
+	stillAnswer(t, held)
 }
 
 // All connections of a client go to one Pod, also while Pods come and go and
@@ -332,16 +317,7 @@ func TestNAT(t *testing.T) {
 			t.Fatal("a new connection went to the server that leaves")
 		}
 	}
-	for i, c := range held {
-		must(t, c.SetDeadline(time.Now().Add(patience)))
-		_, err := io.WriteString(c, "who\n")
-		if err == nil {
-			_, err = readLine(c)
-		}
-		if err != nil {
-			t.Errorf("connection %d broke: %v", i, err)
-		}
-	}
+	stillAnswer(t, held)
 }
 
 // DNS by way of mode NAT.
